@@ -1,0 +1,1 @@
+"""What runs on the cluster: manager, coordinator and engine cores, and the pure protocols they follow."""

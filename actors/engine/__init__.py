@@ -1,0 +1,1 @@
+"""Inside one DP rank: scheduler, KV blocks, model runner, attention, experts, sampler."""

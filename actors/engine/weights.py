@@ -1,0 +1,198 @@
+"""From safetensors into a model built on the meta device: dense weights shared, experts only where they stand.
+
+A large dense tensor whose device and dtype match stays a view of the memory-mapped file. Experts are copied into
+physical slots, and a rank reads only those it holds.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+from actors.engine import library
+from actors.engine.experts.map import EMPTY_SLOT
+from actors.engine.library import Target
+from actors.engine.model import MoEModel
+
+# A smaller tensor is copied: as a view it would keep the whole of its file mapped. Bytes.
+_WORTH_MAPPING = 2**20
+
+
+class Checkpoint:
+    """The tensors of a directory with ``model.safetensors``, or shards and ``model.safetensors.index.json``.
+
+    ``bytes_read`` counts the bytes of all tensors handed out.
+    """
+
+    def __init__(self, directory: str | Path) -> None:
+        self.directory = Path(directory)
+        self.bytes_read = 0
+        self._open: dict[str, Any] = {}
+        index = self.directory / "model.safetensors.index.json"
+        if index.exists():
+            self._file_of: dict[str, str] = json.loads(index.read_text())["weight_map"]
+        elif (self.directory / "model.safetensors").exists():
+            self._file_of = dict.fromkeys(self._file("model.safetensors").keys(), "model.safetensors")
+        else:
+            raise FileNotFoundError(f"{directory} has neither model.safetensors nor model.safetensors.index.json")
+
+    def close(self) -> None:
+        """Unmap the files, as far as no tensor views them. They are opened again when needed."""
+        self._open.clear()
+
+    def keys(self) -> list[str]:
+        return list(self._file_of)
+
+    def read(self, key: str, row: int | None = None) -> torch.Tensor:
+        """A tensor, or one row of its first axis, as a view of the memory-mapped file."""
+        file = self._file(self._file_of[key])
+        tensor: torch.Tensor = file.get_tensor(key) if row is None else file.get_slice(key)[row]
+        self.bytes_read += tensor.numel() * tensor.element_size()
+        return tensor
+
+    def shape(self, key: str) -> list[int]:
+        shape: list[int] = self._file(self._file_of[key]).get_slice(key).get_shape()
+        return shape
+
+    def _file(self, name: str) -> Any:
+        if name not in self._open:
+            self._open[name] = safe_open(self.directory / name, framework="pt")
+        return self._open[name]
+
+
+class WeightLoader:
+    """Fills ``model`` from its checkpoint.
+
+    Building it checks every key and shape, and raises ValueError naming those missing, unexpected or mismatched.
+    ``load_expert`` may be called at any time between steps.
+    """
+
+    def __init__(self, model: MoEModel, device: torch.device) -> None:
+        self.model = model
+        self.device = device
+        self.checkpoint = Checkpoint(model.directory)
+        targets, unexpected = library.targets(model.module, self.checkpoint.keys())
+        layer_of = {name: layer for layer, name in enumerate(model.experts_names)}
+        self._dense: dict[str, str] = {}
+        # Per layer: parameter name within the experts module, and its pieces as (key, target).
+        self._experts: list[dict[str, list[tuple[str, Target]]]] = [defaultdict(list) for _ in layer_of]
+        for key, target in targets.items():
+            owner, _, leaf = target.parameter.rpartition(".")
+            if owner in layer_of:
+                self._experts[layer_of[owner]][leaf].append((key, target))
+            else:
+                self._dense[target.parameter] = key
+        self._check(unexpected)
+
+    def load_dense(self) -> None:
+        """Load every parameter and buffer outside the experts, and compute the buffers no checkpoint holds."""
+        module = self.model.module
+        for names in self._tied_parameters():
+            key = next(self._dense[name] for name in names if name in self._dense)
+            tensor = self._to_device(self.checkpoint.read(key), library.dtype_of(module, names[0], self.model.dtype))
+            parameter = torch.nn.Parameter(tensor, requires_grad=False)
+            for name in names:
+                owner, _, leaf = name.rpartition(".")
+                setattr(module.get_submodule(owner), leaf, parameter)
+        for name in self._persistent_buffers():
+            owner, _, leaf = name.rpartition(".")
+            buffers = module.get_submodule(owner)._buffers
+            tensor = self.checkpoint.read(self._dense[name])
+            dtype = library.dtype_of(module, name, self.model.dtype) if tensor.is_floating_point() else tensor.dtype
+            buffers[leaf] = self._to_device(tensor, dtype)
+        library.initialise_buffers(module, self.device)
+
+    def load_experts(self, slots: Sequence[Sequence[int]]) -> None:
+        """Load ``slots[layer][slot]``, one rank's share of an expert map."""
+        for layer, row in enumerate(slots):
+            for slot, expert in enumerate(row):
+                if expert != EMPTY_SLOT:
+                    self.load_expert(layer, expert, slot)
+
+    def load_expert(self, layer: int, expert: int, slot: int) -> None:
+        """Read one expert of one MoE layer from the checkpoint into one physical slot."""
+        weights = {}
+        for leaf, pieces in self._experts[layer].items():
+            if pieces[0][1].expert is None:
+                tensor = self.checkpoint.read(pieces[0][0], row=expert)
+            else:
+                own = {target.part: key for key, target in pieces if target.expert == expert}
+                tensor = torch.cat([self.checkpoint.read(own[part]) for part in sorted(own)])
+            weights[leaf] = self._to_device(tensor, self.model.dtype)
+        self.model.experts.layers[layer].fill(slot, weights)
+
+    def _to_device(self, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        copy = tensor.numel() * tensor.element_size() < _WORTH_MAPPING
+        return tensor.to(device=self.device, dtype=dtype, copy=copy)
+
+    def _tied_parameters(self) -> list[list[str]]:
+        """Names of dense parameters, those of one tensor together."""
+        names: dict[int, list[str]] = defaultdict(list)
+        for name, parameter in self.model.module.named_parameters(remove_duplicate=False):
+            if name.rpartition(".")[0] not in self.model.experts_names:
+                names[id(parameter)].append(name)
+        return list(names.values())
+
+    def _persistent_buffers(self) -> list[str]:
+        temporary = {
+            f"{name}.{buffer}" if name else buffer
+            for name, module in self.model.module.named_modules()
+            for buffer in module._non_persistent_buffers_set
+        }
+        return [name for name, _ in self.model.module.named_buffers() if name not in temporary]
+
+    def _check(self, unexpected: list[str]) -> None:
+        module = self.model.module
+        missing = [names[0] for names in self._tied_parameters() if not any(name in self._dense for name in names)]
+        missing += [name for name in self._persistent_buffers() if name not in self._dense]
+        mismatched = []
+        shapes = {name: list(tensor.shape) for name, tensor in module.named_parameters(remove_duplicate=False)}
+        shapes |= {name: list(tensor.shape) for name, tensor in module.named_buffers()}
+        for name, key in self._dense.items():
+            if self.checkpoint.shape(key) != shapes[name]:
+                mismatched.append(f"{key} is {self.checkpoint.shape(key)}, the model has {shapes[name]}")
+        names, shapes_of = self.model.experts_names, self.model.experts_shapes
+        for owner, stacked, leaves in zip(names, shapes_of, self._experts, strict=True):
+            for leaf, shape in stacked.items():
+                absent, wrong = self._check_stacked(f"{owner}.{leaf}", shape, leaves[leaf])
+                missing += absent
+                mismatched += wrong
+        problems = [
+            f"{len(keys)} {what}: {', '.join(sorted(keys)[:8])}{' ...' if len(keys) > 8 else ''}"
+            for what, keys in (("missing", missing), ("unexpected", unexpected), ("mismatched", mismatched))
+            if keys
+        ]
+        if problems:
+            raise ValueError(
+                f"the checkpoint in {self.checkpoint.directory} does not fit {type(module).__name__}: "
+                + "; ".join(problems)
+            )
+
+    def _check_stacked(
+        self, name: str, stacked: list[int], pieces: list[tuple[str, Target]]
+    ) -> tuple[list[str], list[str]]:
+        """Missing and mismatched pieces of a parameter of shape ``stacked``, ``[experts, ...]``."""
+        if len(pieces) == 1 and pieces[0][1].expert is None:
+            shape = self.checkpoint.shape(pieces[0][0])
+            return [], [] if shape == stacked else [f"{pieces[0][0]} is {shape}, the model has {stacked}"]
+        parts = pieces[0][1].parts if pieces else 1
+        expected = [stacked[1] // parts, *stacked[2:]]
+        found = {(target.expert, target.part): key for key, target in pieces}
+        missing = [
+            f"{name} of expert {expert}, part {part + 1} of {parts}"
+            for expert in range(stacked[0])
+            for part in range(parts)
+            if (expert, part) not in found
+        ]
+        wrong = [
+            f"{key} is {self.checkpoint.shape(key)}, the model has {expected}"
+            for key in found.values()
+            if self.checkpoint.shape(key) != expected
+        ]
+        return missing, wrong

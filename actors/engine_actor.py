@@ -1,0 +1,211 @@
+"""The Ray actor around one engine: a DP rank as the manager sees it.
+
+Everything here is control; requests and tokens never pass through actor calls. Three kinds of method, each in a
+concurrency group of its own, so that a long one never delays another: ``load`` (making the model ready), ``wait``
+(death and failure notices) and ``control`` (everything short). torch is imported by ``load``, so that the process
+answers ``hello`` at once.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import threading
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import ray
+
+from actors.engine.config import EngineConfig
+from actors.handshake import Hello, Ready
+from actors.membership import NO_EPOCH, Epoch
+from actors.sockets import Keys
+from placement import groups
+
+if TYPE_CHECKING:
+    from actors.engine.core import EngineCore
+
+logger = logging.getLogger(__name__)
+
+CONCURRENCY = {"load": 1, "wait": 4, "control": 4}
+
+
+@dataclass(frozen=True)
+class Description:
+    """What a manager that finds this engine needs to adopt it."""
+
+    rank: int
+    epoch: Epoch
+    hello: Hello
+    ready: Ready | None
+    keys: Keys
+    group: groups.RankGroup
+
+
+class EngineActor:
+    """One DP rank. ``lease_s`` seconds after the last ``renew`` it removes all groups of ``owner`` and ends itself."""
+
+    def __init__(self, group: groups.RankGroup, owner: str, config: EngineConfig, keys: Keys, lease_s: float) -> None:
+        rank = group.rank
+        logging.basicConfig(level=logging.INFO, format=f"%(levelname)s dp_rank_{rank}: %(message)s", force=True)
+        self._rank = rank
+        self._group = group
+        self._owner = owner
+        self._config = config
+        self._keys = keys
+        self._doing = "connected"
+        self._ready: Ready | None = None
+        self._core: EngineCore | None = None
+        self._epoch = NO_EPOCH
+        self._ended = threading.Event()
+        self._cause = ""
+        self._lease_until = time.monotonic() + lease_s
+        threading.Thread(target=self._end_with_lease, name="lease", daemon=True).start()
+
+    def __repr__(self) -> str:
+        return f"dp_rank_{self._rank}"
+
+    # --- start-up --------------------------------------------------------------------------------------------------
+
+    @ray.method(concurrency_group="control")
+    def hello(self) -> Hello:
+        return self._hello()
+
+    def _hello(self) -> Hello:
+        context = ray.get_runtime_context()
+        devices = context.get_accelerator_ids().get("GPU", [])
+        return Hello(
+            rank=self._rank,
+            node_id=context.get_node_id(),
+            ip=ray.util.get_node_ip_address(),
+            pid=os.getpid(),
+            devices=tuple(devices),
+        )
+
+    @ray.method(concurrency_group="control")
+    def progress(self) -> str:
+        """What the engine is doing now, for people."""
+        return self._doing
+
+    @ray.method(concurrency_group="load")
+    def load(self, index: int, size: int) -> Ready:
+        """Reads this rank's weights as member ``index`` of ``size``, allocates its KV cache, binds its sockets."""
+        started = time.monotonic()
+        self._report("importing torch and transformers")
+        from actors.engine.core import EngineCore
+
+        self._core = EngineCore.build(
+            self._rank, index, size, self._config, ray.util.get_node_ip_address(), self._keys, self._report
+        )
+        self._ready = Ready(
+            rank=self._rank,
+            address=self._core.mailbox.address,
+            kv_blocks=self._core.kv_blocks,
+            block_size=self._config.block_size,
+            max_model_len=self._config.max_model_len,
+            load_s=time.monotonic() - started,
+        )
+        self._report("ready")
+        return self._ready
+
+    @ray.method(concurrency_group="control")
+    def open_store(self) -> str:
+        """Hosts the rendezvous of a new epoch's process group; returns ``ip:port``."""
+        from torch.distributed import TCPStore
+
+        ip = ray.util.get_node_ip_address()
+        # Bound before anybody is told of it, on a port the kernel chose. It lives as long as the epoch's first member.
+        self._store = TCPStore(ip, 0, is_master=True, wait_for_workers=False)
+        return f"{ip}:{self._store.port}"
+
+    @ray.method(concurrency_group="load")
+    def join(self, epoch: Epoch, store: str, coordinator: str) -> None:
+        """Joins ``epoch``'s process group through ``store`` and starts serving."""
+        core = self._loaded()
+        core.mailbox.connect_coordinator(coordinator)
+        core.join(epoch, store)
+        self._epoch = epoch
+        threading.Thread(target=self._run, name="engine", daemon=True).start()
+
+    def _report(self, doing: str) -> None:
+        self._doing = doing
+        logger.info("%s", doing)
+
+    def _loaded(self) -> EngineCore:
+        if self._core is None:
+            raise RuntimeError(f"dp_rank_{self._rank} has not loaded its model: call load first")
+        return self._core
+
+    # --- serving ---------------------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        try:
+            self._loaded().run()
+            self._cause = "stopped"
+        except Exception as error:
+            logger.exception("the engine's loop ended")
+            self._cause = f"{type(error).__name__}: {error}"
+        self._ended.set()
+
+    @ray.method(concurrency_group="wait")
+    def wait(self, timeout_s: float) -> str | None:
+        """Why the engine's loop ended; None if it has not within ``timeout_s``. A dead process raises instead."""
+        return self._cause if self._ended.wait(timeout_s) else None
+
+    @ray.method(concurrency_group="control")
+    def connect_coordinator(self, address: str) -> None:
+        """Moves to a coordinator that replaced the former one, and tells it where this rank stands."""
+        core = self._loaded()
+        core.mailbox.post(lambda: core.announce_to(address))
+
+    @ray.method(concurrency_group="control")
+    def renew(self, lease_s: float) -> None:
+        """Extends the lease: it runs out ``lease_s`` from now."""
+        self._lease_until = time.monotonic() + lease_s
+
+    @ray.method(concurrency_group="control")
+    def describe(self) -> Description:
+        return Description(
+            rank=self._rank,
+            epoch=self._epoch,
+            hello=self._hello(),
+            ready=self._ready,
+            keys=self._keys,
+            group=self._group,
+        )
+
+    @ray.method(concurrency_group="control")
+    def status(self) -> dict[str, object]:
+        """The engine's counters, for people and tests."""
+        return {"rank": self._rank, "epoch": self._epoch.number, "doing": self._doing} | (
+            self._core.status() if self._core is not None else {}
+        )
+
+    # --- the end ---------------------------------------------------------------------------------------------------
+
+    @ray.method(concurrency_group="control")
+    def stop(self) -> None:
+        """Ends the loop and the process; what the engine holds is given back by the process's own end."""
+        threading.Thread(target=self._exit, name="exit", daemon=True).start()
+
+    def _exit(self) -> None:
+        if self._core is not None:
+            self._core.stop()
+            self._ended.wait(2.0)
+        # The actor's answer to ``stop`` must be on its way before the process goes.
+        time.sleep(0.1)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
+
+    def _end_with_lease(self) -> None:
+        while time.monotonic() < self._lease_until:
+            time.sleep(0.5)
+        logger.warning("the lease ran out: no manager renewed it; removing the placement groups of %s", self._owner)
+        # Each engine removes all groups of the owner, so that one whose engine is gone already is removed as well.
+        try:
+            groups.remove_all(group.id for group in groups.find(self._owner))
+        finally:
+            os._exit(0)

@@ -1,0 +1,128 @@
+"""A whole group without Ray: real engines in processes of their own, a real coordinator, real sockets."""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from typing import Any
+
+from actors.coordinator import Coordinator
+from actors.engine.config import EngineConfig
+from actors.membership import Epoch, Member
+from actors.sockets import Keys
+
+IP = "127.0.0.1"
+
+
+def _engine(pipe: Connection, rank: int, index: int, size: int, config: EngineConfig, keys: Keys) -> None:
+    import threading
+
+    from actors.engine.core import EngineCore
+
+    core = EngineCore.build(rank, index, size, config, IP, keys, lambda doing: None)
+    pipe.send(core.mailbox.address)
+    store = None
+    thread: threading.Thread | None = None
+    while True:
+        call, *args = pipe.recv()
+        if call == "store":
+            from torch.distributed import TCPStore
+
+            store = TCPStore(IP, 0, is_master=True, wait_for_workers=False)
+            pipe.send(f"{IP}:{store.port}")
+        elif call == "join":
+            epoch, address, coordinator = args
+            core.mailbox.connect_coordinator(coordinator)
+            core.join(epoch, address)
+            thread = threading.Thread(target=core.run)
+            thread.start()
+            pipe.send(None)
+        elif call == "status":
+            pipe.send(core.status())
+        elif call == "poison":
+            _poison(core, args[0])
+            pipe.send(None)
+        elif call == "stop":
+            core.stop()
+            assert thread is not None
+            thread.join()
+            pipe.send(None)
+            return
+
+
+def _poison(core: Any, token: int) -> None:
+    """Makes the model raise whenever ``token`` is among a step's inputs."""
+    module = core._runner.model.module
+
+    def check(_module: Any, _args: Any, kwargs: dict[str, Any]) -> None:
+        if (kwargs["input_ids"] == token).any():
+            raise RuntimeError(f"poison token {token}")
+
+    module.register_forward_pre_hook(check, with_kwargs=True)
+
+
+@dataclass
+class Engine:
+    process: multiprocessing.process.BaseProcess
+    pipe: Connection
+
+    def call(self, *message: Any) -> Any:
+        self.pipe.send(message)
+        if not self.pipe.poll(60):
+            raise TimeoutError(f"no answer to {message[0]}")
+        return self.pipe.recv()
+
+
+@dataclass
+class LocalGroup:
+    engines: list[Engine]
+    coordinator: Coordinator
+    keys: Keys
+    epoch: Epoch
+
+    async def locate(self) -> tuple[str, str]:
+        return self.coordinator.addresses()
+
+    def status(self) -> list[dict[str, Any]]:
+        return [engine.call("status") for engine in self.engines]
+
+
+@contextmanager
+def local_group(config: EngineConfig, size: int) -> Iterator[LocalGroup]:
+    """A group of ``size`` ranks on this machine, serving until the block ends."""
+    keys = Keys.new()
+    coordinator = Coordinator(IP, keys.server)
+    context = multiprocessing.get_context("spawn")
+    engines = []
+    try:
+        for rank in range(size):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_engine, args=(theirs, rank, rank, size, config, keys), daemon=True)
+            process.start()
+            engines.append(Engine(process, ours))
+        members = []
+        for rank, engine in enumerate(engines):
+            assert engine.pipe.poll(120), f"rank {rank} did not start"
+            members.append(Member(rank, engine.pipe.recv(), "local"))
+        epoch = Epoch(1, tuple(members))
+        coordinator.set_epoch(epoch)
+        store = engines[0].call("store")
+        for engine in engines:
+            engine.pipe.send(("join", epoch, store, coordinator.addresses()[0]))
+        for engine in engines:
+            assert engine.pipe.poll(60)
+            engine.pipe.recv()
+        yield LocalGroup(engines, coordinator, keys, epoch)
+        for engine in engines:
+            if engine.process.is_alive():
+                engine.pipe.send(("stop",))
+    finally:
+        for engine in engines:
+            engine.process.join(5)
+            if engine.process.is_alive():
+                engine.process.kill()
+                engine.process.join()
+        coordinator.stop()
