@@ -1,0 +1,1 @@
+"""What people touch: the Serve application, its configuration, the HTTP API and the client."""

@@ -1,0 +1,451 @@
+"""The client against real sockets and scripted engines."""
+
+import asyncio
+import contextlib
+
+import pytest
+from scripted_engine import ScriptedGroup
+
+from actors import wire
+from actors.wire import Load, SamplingParams
+from app.client import Client
+from app.errors import DeadlineExceeded, EngineDeadError, InvalidRequest, ModelError, Overloaded, Unavailable
+from app.flight import Generation
+from app.limits import Limits
+
+PROMPT = [11, 12, 13, 14, 15]
+
+
+def expected(count, prompt=PROMPT):
+    return [prompt[i % len(prompt)] for i in range(count)]
+
+
+@contextlib.asynccontextmanager
+async def connected(group, ready=True, **options):
+    limits = options.pop("limits", Limits(max_model_len=1000))
+    client = Client(group.locate, limits, offset=0, beat_s=0.05, coordinator_timeout_s=0.3, **options)
+    await client.start()
+    try:
+        if ready:
+            await until(lambda: client.ready and all(link.attached for link in client._links.values()))
+        yield client
+    finally:
+        await client.close()
+
+
+async def until(condition, timeout_s=10.0):
+    async def poll():
+        while not condition():
+            await asyncio.sleep(0.002)
+
+    await asyncio.wait_for(poll(), timeout_s)
+
+
+async def collect(client, request_id="r", max_tokens=20, prompt=PROMPT, **options):
+    tokens, finish = [], None
+    async for delta in client.generate(request_id, prompt, SamplingParams(max_tokens=max_tokens), **options):
+        assert delta.offset == len(tokens)
+        tokens += delta.tokens
+        finish = delta.finish
+    return tokens, finish
+
+
+def run(scenario, **group_options):
+    with ScriptedGroup(**group_options) as group:
+        return asyncio.run(asyncio.wait_for(scenario(group), 30))
+
+
+def test_a_request_streams_to_its_end_and_leaves_nothing_behind():
+    async def scenario(group):
+        async with connected(group) as client:
+            assert await collect(client) == (expected(20), "length")
+            assert (client.waiting, client.running) == (0, 0)
+            assert (client.epoch, client.view.members) == (1, group.members)
+
+    run(scenario)
+
+
+def test_many_requests_spread_over_the_ranks():
+    async def scenario(group):
+        async with connected(group) as client:
+            results = await asyncio.gather(*(collect(client, str(i)) for i in range(30)))
+            assert results == [(expected(20), "length")] * 30
+            assert {len(engine.submits) for engine in group.engines.values()} == {10}
+
+    run(scenario, ranks=3)
+
+
+def test_several_requests_of_one_call_share_a_stream():
+    async def scenario(group):
+        async with connected(group) as client:
+            calls = [Generation(str(i), [i, i + 1], SamplingParams(max_tokens=5 + i)) for i in range(4)]
+            got = {i: [] for i in range(4)}
+            with client.call(calls) as call:
+                async for batch in call:
+                    for index, delta in batch:
+                        got[index] += delta.tokens
+            assert got == {i: expected(5 + i, [i, i + 1]) for i in range(4)}
+            assert not group.aborted
+
+    run(scenario)
+
+
+def test_one_request_of_a_call_can_be_dropped():
+    async def scenario(group):
+        async with connected(group) as client:
+            calls = [Generation(str(i), [i, i + 1], SamplingParams(max_tokens=200)) for i in range(3)]
+            got = {i: [] for i in range(3)}
+            with client.call(calls) as call:
+                async for batch in call:
+                    for index, delta in batch:
+                        got[index] += delta.tokens
+                        if index == 1 and len(got[1]) < 100:
+                            got[1] = [None] * 100
+                            call.drop(1)
+            assert (got[0], got[2]) == (expected(200, [0, 1]), expected(200, [2, 3]))
+            assert got[1] == [None] * 100
+            await until(lambda: group.aborted == ["1"])
+
+    run(scenario)
+
+
+def test_a_named_rank_is_used_and_an_unknown_one_refused():
+    async def scenario(group):
+        async with connected(group) as client:
+            for i in range(3):
+                await collect(client, str(i), rank=1)
+            assert len(group.engines[1].submits) == 3
+            with pytest.raises(InvalidRequest, match="rank 9 is not in the group"):
+                await collect(client, "x", rank=9)
+            assert client.waiting == 0
+
+    run(scenario)
+
+
+@pytest.mark.parametrize("held", [True, False])
+def test_closing_the_iterator_aborts_in_the_engine(held):
+    async def scenario(group):
+        group.engines[0].held = held
+        async with connected(group) as client:
+            task = asyncio.create_task(collect(client, max_tokens=100_000))
+            await until(lambda: group.submits and (held or client.running))
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            await until(lambda: group.aborted == ["r"])
+            assert (client.waiting, client.running) == (0, 0)
+
+    run(scenario, ranks=1)
+
+
+def test_requests_wait_while_the_group_starts():
+    async def scenario(group):
+        group.engines[0].deaf = True
+        async with connected(group, ready=False) as client:
+            assert not client.ready and "starting" in client.trouble
+            task = asyncio.create_task(collect(client))
+            await until(lambda: client.view is not None)
+            assert client.waiting == 1 and "attached" in client.trouble
+            group.engines[0].deaf = False
+            assert await task == (expected(20), "length")
+
+    run(scenario, ranks=1)
+
+
+def test_a_request_that_no_rank_can_take_fails_in_time_and_says_why():
+    async def scenario(group):
+        group.silent = True
+        limits = Limits(max_model_len=100, start_timeout_s=0.1)
+        async with connected(group, ready=False, limits=limits) as client:
+            with pytest.raises(Unavailable, match=r"waited 0\.1 s .* no coordinator"):
+                await collect(client)
+
+    run(scenario)
+
+
+def test_the_queue_is_bounded():
+    async def scenario(group):
+        for engine in group.engines.values():
+            engine.held = True
+        async with connected(group, limits=Limits(max_model_len=100, max_queued_requests=3)) as client:
+            tasks = [asyncio.create_task(collect(client, str(i))) for i in range(3)]
+            await until(lambda: client.waiting == 3)
+            with pytest.raises(Overloaded, match="queue of 3"):
+                await collect(client, "one too many")
+            for engine in group.engines.values():
+                engine.held = False
+            await asyncio.gather(*tasks)
+            await collect(client, "room again")
+
+    run(scenario)
+
+
+def test_deadline():
+    async def scenario(group):
+        group.engines[0].held = True
+        async with connected(group) as client:
+            with pytest.raises(DeadlineExceeded, match=r"0\.1 s"):
+                await collect(client, timeout_s=0.1)
+            await until(lambda: group.aborted == ["r"])
+
+    run(scenario, ranks=1)
+
+
+@pytest.mark.parametrize(
+    ("code", "error"), [("invalid", InvalidRequest), ("model_error", ModelError), ("overloaded", Overloaded)]
+)
+def test_the_engines_refusals_reach_the_caller_with_their_message(code, error):
+    async def scenario(group):
+        group.engines[0].refuse = wire.Failure(code, "because of this")
+        async with connected(group) as client:
+            with pytest.raises(error, match="because of this"):
+                await collect(client)
+            group.engines[0].refuse = None
+            assert await collect(client) == (expected(20), "length")
+
+    run(scenario, ranks=1)
+
+
+def test_a_lost_group_fails_every_call_with_its_cause():
+    async def scenario(group):
+        group.engines[0].held = True
+        async with connected(group) as client:
+            tasks = [asyncio.create_task(collect(client, str(i))) for i in range(3)]
+            await until(lambda: len(group.submits) == 3)
+            await client.fail(RuntimeError("node n1 burned"))
+            for task in [*tasks, asyncio.create_task(collect(client, "later"))]:
+                with pytest.raises(EngineDeadError, match="RuntimeError: node n1 burned"):
+                    await task
+            assert "burned" in client.trouble
+
+    run(scenario, ranks=1)
+
+
+# --- epochs -------------------------------------------------------------------------------------------------------
+
+
+def test_requests_move_off_a_rank_that_leaves_without_a_repeated_or_missing_token():
+    async def scenario(group):
+        async with connected(group) as client:
+            tasks = [asyncio.create_task(collect(client, str(i), max_tokens=300)) for i in range(6)]
+            await until(lambda: client.running == 6)
+            group.engines[1].held = True
+            group.change([0])
+            assert await asyncio.gather(*tasks) == [(expected(300), "length")] * 6
+            moved = [submit for submit in group.engines[0].submits if submit.generated]
+            assert len(moved) == 3 and all(submit.epoch == 2 for submit in moved)
+            assert client.epoch == 2 and set(client._links) == {0}
+
+    run(scenario)
+
+
+def test_a_request_that_named_a_rank_goes_on_elsewhere_when_that_rank_leaves():
+    async def scenario(group):
+        async with connected(group) as client:
+            task = asyncio.create_task(collect(client, max_tokens=300, rank=1))
+            await until(lambda: client.running)
+            group.change([0])
+            assert await task == (expected(300), "length")
+
+    run(scenario)
+
+
+def test_a_joining_rank_is_offered_requests_once_it_answers():
+    async def scenario(group):
+        async with connected(group) as client:
+            group.add(2).deaf = True
+            group.change([0, 1, 2])
+            await until(lambda: client.epoch == 2)
+            await asyncio.gather(*(collect(client, str(i)) for i in range(4)))
+            assert not group.engines[2].submits
+            group.engines[2].deaf = False
+            await until(lambda: client._links[2].attached)
+            await asyncio.gather(*(collect(client, str(i)) for i in range(6)))
+            assert group.engines[2].submits
+
+    run(scenario)
+
+
+@pytest.mark.parametrize("engine_first", [True, False])
+def test_a_submit_of_another_epoch_is_sent_again_in_the_right_one(engine_first):
+    """The engines switch before the client hears of it, or the client hears of it before the engines switch."""
+
+    async def scenario(group):
+        async with connected(group) as client:
+            group.change([0], engines_too=engine_first, view_too=not engine_first)
+            if not engine_first:
+                await until(lambda: client.epoch == 2)
+            task = asyncio.create_task(collect(client, rank=0))
+            await until(lambda: len(group.engines[0].submits) >= 1)
+            if engine_first:
+                group.change([0], engines_too=False)
+            else:
+                group.engines[0].epoch = 2
+            assert await task == (expected(20), "length")
+            epochs = [submit.epoch for submit in group.engines[0].submits]
+            assert epochs[0] == (1 if engine_first else 2) and epochs[-1] == 2
+            assert len({submit.request_id for submit in group.engines[0].submits}) == len(epochs)
+
+    run(scenario, ranks=1)
+
+
+def test_lost_outputs_are_noticed_and_made_again():
+    async def scenario(group):
+        async with connected(group) as client:
+            task = asyncio.create_task(collect(client, max_tokens=200))
+            await until(lambda: client.running)
+            group.engines[0].lose = 3
+            assert await task == (expected(200), "length")
+            assert len(group.submits) == 2 and "r" in group.aborted
+
+    run(scenario, ranks=1)
+
+
+def test_a_replayed_request_that_finds_a_full_queue_waits():
+    async def scenario(group):
+        async with connected(group) as client:
+            task = asyncio.create_task(collect(client, max_tokens=200, rank=1))
+            await until(lambda: client.running)
+            group.engines[0].refuse = wire.Failure("overloaded", "full")
+            group.change([0])
+            await until(lambda: len(group.engines[0].submits) > 2)
+            group.engines[0].refuse = None
+            assert await task == (expected(200), "length")
+
+    run(scenario)
+
+
+def test_a_request_that_the_engine_still_runs_after_its_abort_is_aborted_again():
+    async def scenario(group):
+        async with connected(group) as client:
+            task = asyncio.create_task(collect(client, max_tokens=100_000))
+            await until(lambda: client.running)
+            request = next(iter(group.engines[0].running.values()))
+            task.cancel()
+            await until(lambda: group.aborted == ["r"])
+            group.engines[0].running["r"] = request  # as if the abort had been of an older epoch
+            await until(lambda: group.aborted.count("r") > 1 and not group.engines[0].running)
+
+    run(scenario, ranks=1)
+
+
+# --- waves and loads ----------------------------------------------------------------------------------------------
+
+
+def test_a_submit_to_a_paused_group_tells_the_coordinator():
+    async def scenario(group):
+        async with connected(group) as client:
+            await collect(client, "a")
+            assert group.first_requests == []
+            group.pause()
+            await until(lambda: client.wave == (2, False))
+            assert await collect(client, "b") == (expected(20), "length")
+            submit = group.submits[-1]
+            rank = next(rank for rank, engine in group.engines.items() if submit in engine.submits)
+            assert group.first_requests == [wire.FirstRequest(epoch=1, rank=rank, wave=2)]
+            assert submit.wave == 2
+            assert client.wave == (2, True)
+
+    run(scenario)
+
+
+def test_published_loads_steer_requests():
+    async def scenario(group):
+        async with connected(group) as client:
+            group.loads = {rank: Load(rank, 1, 10**6, 5 - 5 * rank, 0, 7, 100) for rank in (0, 1)}
+            group.publish()
+            await until(lambda: client.loads[0].waiting == 5)
+            await asyncio.gather(*(collect(client, str(i), max_tokens=3) for i in range(5)))
+            assert (len(group.engines[0].submits), len(group.engines[1].submits)) == (0, 5)
+
+    run(scenario)
+
+
+# --- liveness -----------------------------------------------------------------------------------------------------
+
+
+def test_a_rank_that_does_not_answer_is_missing_and_gets_no_requests():
+    async def scenario(group):
+        async with connected(group, echo_timeout_s=0.3) as client:
+            assert client.missing == ()
+            group.engines[0].deaf = True
+            await until(lambda: client.missing == (0,))
+            assert client.ready
+            await asyncio.sleep(0.1)  # a tick
+            await asyncio.gather(*(collect(client, str(i)) for i in range(4)))
+            assert len(group.engines[1].submits) == 4
+            group.engines[0].deaf = False
+            await until(lambda: client.missing == ())
+
+    run(scenario)
+
+
+def test_a_replaced_coordinator_is_found_again():
+    async def scenario(group):
+        async with connected(group) as client:
+            task = asyncio.create_task(collect(client, max_tokens=300))
+            group.replace_coordinator()
+            group.add(2)
+            group.change([0, 1, 2])
+            await until(lambda: client.epoch == 2)
+            assert await task == (expected(300), "length")
+
+    run(scenario)
+
+
+def test_a_coordinator_that_can_not_be_located_yet_is_asked_for_again():
+    async def scenario(group):
+        calls = 0
+
+        async def locate():
+            nonlocal calls
+            calls += 1
+            if calls < 3:
+                raise ConnectionError("not yet")
+            return group.addresses
+
+        client = Client(locate, Limits(max_model_len=100), beat_s=0.05)
+        await client.start()
+        await until(lambda: client.ready)
+        await client.close()
+        await client.close()
+
+    run(scenario)
+
+
+def test_clients_come_and_go_while_others_are_served():
+    async def scenario(group):
+        async with connected(group) as staying:
+            task = asyncio.create_task(collect(staying, max_tokens=400))
+            for visit in range(3):
+                async with connected(group) as guest:
+                    assert await collect(guest, f"guest {visit}") == (expected(20), "length")
+            assert await task == (expected(400), "length")
+
+    run(scenario)
+
+
+def test_closing_ends_waiting_calls_and_aborts_them():
+    async def scenario(group):
+        group.engines[0].held = True
+        async with connected(group) as client:
+            task = asyncio.create_task(collect(client))
+            await until(lambda: group.submits)
+        with pytest.raises(Unavailable, match="shutting down"):
+            await task
+        await until(lambda: group.aborted == ["r"])
+
+    run(scenario, ranks=1)
+
+
+def test_frames_that_are_no_message_are_dropped():
+    async def scenario(group):
+        async with connected(group) as client:
+            task = asyncio.create_task(collect(client, max_tokens=200))
+            await until(lambda: client.running)
+            with group._lock:
+                identity = next(iter(group.engines[0].running.values())).client
+                group.engines[0].socket.send_multipart([identity, b"\xc1 no msgpack"])
+            assert await task == (expected(200), "length")
+
+    run(scenario, ranks=1)
