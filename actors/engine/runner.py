@@ -8,7 +8,8 @@ from pathlib import Path
 
 import torch
 
-from actors.engine.attention.base import bytes_per_block
+from actors.engine import cpu
+from actors.engine.attention.base import PagedAttention, bytes_per_block
 from actors.engine.attention.torch_sdpa import TorchPagedAttention
 from actors.engine.batch import Batch
 from actors.engine.config import EngineConfig
@@ -16,7 +17,6 @@ from actors.engine.experts.exchange import Exchange, PeerLost
 from actors.engine.experts.layer import ExpertsBroken
 from actors.engine.experts.map import ExpertMap
 from actors.engine.model import MoEModel
-from actors.engine.packed import pack, packable
 from actors.engine.weights import WeightLoader
 
 logger = logging.getLogger(__name__)
@@ -52,15 +52,13 @@ class ModelRunner:
         self.loader = WeightLoader(self.model, self.device)
         with torch.inference_mode():
             self.loader.load_dense()
-            if packable(self.model.dtype, self.device):
-                pack(self.model.linear_groups)
+            if cpu.supported(self.model.dtype, self.device):
+                self._prepare_for_cpu()
             self.loader.load_experts(expert_map.of_rank(rank_index))
         self.loader.checkpoint.close()
         logger.info("read %.1f MiB of weights from %s", self.loader.checkpoint.bytes_read / 2**20, config.model)
         self.num_kv_blocks = self._count_blocks()
-        self.model.attention = TorchPagedAttention(
-            self.model.kv_shapes, self.num_kv_blocks, config.block_size, self.model.dtype, self.device
-        )
+        self.model.attention = self._make_attention()
 
     def adopt(self, expert_map: ExpertMap, rank_index: int, exchange: Exchange) -> None:
         """Run the next step in another epoch or with another map; experts must stand in their slots already."""
@@ -107,6 +105,23 @@ class ModelRunner:
         )
         logits: torch.Tensor = output.logits
         return logits[0].float()
+
+    def _prepare_for_cpu(self) -> None:
+        # Numba is needed, and takes its time to import, on CPUs only.
+        from actors.engine.cpu.fuse import fuse
+        from actors.engine.cpu.linear import join
+
+        joined = join(self.model.linear_groups)
+        if self.model.dtype == torch.float32:
+            fuse(self.model, joined)
+
+    def _make_attention(self) -> PagedAttention:
+        shapes, block_size, dtype = self.model.kv_shapes, self.config.block_size, self.model.dtype
+        if self.device.type == "cpu" and dtype == torch.float32:
+            from actors.engine.attention.compiled import CompiledPagedAttention
+
+            return CompiledPagedAttention(shapes, self.num_kv_blocks, block_size)
+        return TorchPagedAttention(shapes, self.num_kv_blocks, block_size, dtype, self.device)
 
     def _count_blocks(self) -> int:
         config = self.config

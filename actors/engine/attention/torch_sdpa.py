@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
@@ -24,7 +25,9 @@ GROUP_TOKENS = 2048
 
 
 @dataclass
-class _Decode:
+class Decode:
+    """A slice of one token: its row in the packed batch, its sequence's blocks and length with it."""
+
     row: int
     blocks: list[int]
     length: int
@@ -54,7 +57,10 @@ class _Chunk:
 
 
 class TorchPagedAttention:
-    """See ``PagedAttention``. KV pools are ``[kv_heads, num_blocks, block_size, width]`` per layer."""
+    """See ``PagedAttention``; for any device and dtype.
+
+    KV pools are ``[kv_heads, num_blocks, block_size, width]`` per layer.
+    """
 
     def __init__(
         self, shapes: Sequence[KVShape], num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
@@ -76,7 +82,7 @@ class TorchPagedAttention:
         size = self.block_size
         targets: list[int] = []
         begun: list[int] = []
-        decodes: list[_Decode] = []
+        decodes: list[Decode] = []
         self._chunks: list[_Chunk] = []
         row = 0
         for part in batch.slices:
@@ -86,19 +92,23 @@ class TorchPagedAttention:
             if end % size and start <= end // size * size:
                 begun.append(needed[-1])
             if end - start == 1:
-                decodes.append(_Decode(row, needed, end))
+                decodes.append(Decode(row, needed, end))
             else:
                 self._chunks.append(_Chunk(row, end - start, start, self._index(needed)))
             row += end - start
         self._targets = self._index(targets)
         self._begun = self._index(begun) if begun else None
         self._tokens = row
-        self._groups = [self._group(group) for group in _by_length(decodes, size)]
+        self._groups = self._plan(decodes)
+
+    def _plan(self, decodes: list[Decode]) -> list[Any]:
+        """The groups in which decodes run; each has ``rows``, and is handed to ``_decode``."""
+        return [self._group(group) for group in _by_length(decodes, self.block_size)]
 
     def _index(self, values: list[int]) -> torch.Tensor:
         return torch.tensor(values, dtype=torch.long, device=self.device)
 
-    def _group(self, group: list[_Decode]) -> _Decodes:
+    def _group(self, group: list[Decode]) -> _Decodes:
         width = max(len(decode.blocks) for decode in group)
         first, count = group[0].row, len(group)
         rows = [decode.row for decode in group]
@@ -121,17 +131,13 @@ class TorchPagedAttention:
         window: int | None,
         sinks: torch.Tensor | None,
     ) -> torch.Tensor:
-        keys, values = self.keys[layer], self.values[layer]
-        if self._begun is not None:
-            keys.index_fill_(1, self._begun, 0)
-            values.index_fill_(1, self._begun, 0)
-        keys.flatten(1, 2).index_copy_(1, self._targets, key[0])
-        values.flatten(1, 2).index_copy_(1, self._targets, value[0])
+        self._store(layer, key, value)
         if len(self._groups) == 1 and not self._chunks:
-            return self._decode(self._groups[0], query[0], keys, values, scaling, window, sinks)[None]
+            return self._decode(layer, self._groups[0], query[0], scaling, window, sinks)[None]
+        keys, values = self.keys[layer], self.values[layer]
         out = query.new_empty(self._tokens, query.shape[1], value.shape[3])
         for group in self._groups:
-            out[group.rows] = self._decode(group, query[0, :, group.rows], keys, values, scaling, window, sinks)
+            out[group.rows] = self._decode(layer, group, query[0, :, group.rows], scaling, window, sinks)
         for chunk in self._chunks:
             span = slice(chunk.first, chunk.first + chunk.count)
             own = (key[:, :, span], value[:, :, span]) if chunk.start == 0 else None
@@ -139,17 +145,25 @@ class TorchPagedAttention:
             out[span] = result[0].transpose(0, 1)
         return out[None]
 
+    def _store(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
+        keys, values = self.keys[layer], self.values[layer]
+        if self._begun is not None:
+            keys.index_fill_(1, self._begun, 0)
+            values.index_fill_(1, self._begun, 0)
+        keys.flatten(1, 2).index_copy_(1, self._targets, key[0])
+        values.flatten(1, 2).index_copy_(1, self._targets, value[0])
+
     def _decode(
         self,
-        group: _Decodes,
+        layer: int,
+        group: Any,
         query: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
         scaling: float,
         window: int | None,
         sinks: torch.Tensor | None,
     ) -> torch.Tensor:
         """``query [heads, B, key_width]`` to ``[B, heads, value_width]``."""
+        keys, values = self.keys[layer], self.values[layer]
         heads, count, _ = query.shape
         kv_heads = keys.shape[0]
         shared = heads // kv_heads
@@ -223,9 +237,9 @@ class TorchPagedAttention:
         return torch.matmul(_softmax(scores, sinks.view(1, -1, 1, 1).expand(-1, -1, chunk.count, -1)), seen_values)
 
 
-def _by_length(decodes: list[_Decode], block_size: int) -> list[list[_Decode]]:
+def _by_length(decodes: list[Decode], block_size: int) -> list[list[Decode]]:
     """Groups in which padding at most doubles a sequence, of at most ``GROUP_TOKENS`` tokens with padding."""
-    groups: list[list[_Decode]] = []
+    groups: list[list[Decode]] = []
     if decodes and max(len(d.blocks) for d in decodes) > 2 * min(len(d.blocks) for d in decodes):
         decodes = sorted(decodes, key=lambda decode: len(decode.blocks))
     shortest = longest = 0

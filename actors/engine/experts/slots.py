@@ -6,13 +6,13 @@ meta device, or become the slots.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import torch
 from torch.nn.functional import linear
 
-from actors.engine.packed import PackedLinear, packable
+from actors.engine import cpu
 
 
 class ExpertSlots(Protocol):
@@ -25,7 +25,7 @@ class ExpertSlots(Protocol):
 
 def allocate(module: torch.nn.Module, num_slots: int, dtype: torch.dtype, device: torch.device) -> ExpertSlots:
     """Empty slots of the kind that suits the device."""
-    if packable(dtype, device):
+    if cpu.supported(dtype, device):
         return PackedSlots(module, num_slots)
     return StackedSlots(module, num_slots, device)
 
@@ -58,7 +58,8 @@ class PackedSlots:
 
     def __init__(self, module: Any, num_slots: int) -> None:
         self.module = module
-        self._slots: list[tuple[PackedLinear, PackedLinear] | None] = [None] * num_slots
+        self._slots: list[tuple[Any, Any] | None] = [None] * num_slots
+        self._activate = _activation(module)
 
     def fill(self, slot: int, weights: Mapping[str, torch.Tensor]) -> None:
         up = "gate_up_proj" if self.module.has_gate else "up_proj"
@@ -69,11 +70,24 @@ class PackedSlots:
         if filled is None:
             raise LookupError(f"slot {slot} is empty, but the expert map sends rows there")
         up, down = filled
-        return down(_activate(self.module, up(rows)))
+        output: torch.Tensor = down(self._activate(up(rows)))
+        return output
 
-    def _pack(self, weights: Mapping[str, torch.Tensor], name: str) -> PackedLinear:
+    def _pack(self, weights: Mapping[str, torch.Tensor], name: str) -> Any:
+        from actors.engine.cpu.linear import Linear
+
         weight = weights[name].t() if self.module.is_transposed else weights[name]
-        return PackedLinear(weight, weights[f"{name}_bias"] if self.module.has_bias else None)
+        return Linear([weight], [weights[f"{name}_bias"] if self.module.has_bias else None])
+
+
+def _activation(module: Any) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The module's own, or the compiled SiLU gate when that gives the same."""
+    from actors.engine.cpu.fuse import silu_and_mul
+
+    sample = torch.linspace(-4, 4, 64).view(2, 32)
+    if module.has_gate and torch.allclose(module._apply_gate(sample), silu_and_mul(sample), rtol=1e-4, atol=1e-5):
+        return silu_and_mul
+    return lambda inner: _activate(module, inner)
 
 
 def _activate(module: Any, inner: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,150 @@
+"""Modules of a loaded model whose forward is one or two compiled loops instead of a dozen operators.
+
+Which modules those are is not a list of model families. A candidate is recognised by its parts, its fused forward is
+run beside its own on random input, and it is taken only when both agree; any other module stays as it is.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from actors.engine.cpu import kernels
+from actors.engine.cpu.linear import Linear
+from actors.engine.model import MoEModel
+
+logger = logging.getLogger(__name__)
+
+Joined = Mapping[tuple[torch.nn.Linear, ...], Linear]
+_SAMPLE_ROWS = 3
+_RELATIVE, _ABSOLUTE = 1e-4, 1e-5
+
+
+def fuse(model: MoEModel, joined: Joined) -> None:
+    """Give the modules of ``model`` (float32, dense weights loaded) faster forwards; ``joined`` as ``join`` made it."""
+    generator = torch.Generator().manual_seed(0)
+    counts: Counter[str] = Counter()
+    for module in model.module.modules():
+        for name, attempt in (("norms", _norm), ("MLPs", _mlp), ("attentions", _attention)):
+            if attempt(module, model, joined, generator):
+                counts[name] += 1
+    logger.info("fused %s", ", ".join(f"{count} {name}" for name, count in counts.items()) or "nothing")
+
+
+def _norm(module: Any, model: MoEModel, joined: Joined, generator: torch.Generator) -> bool:
+    weight: Any = getattr(module, "weight", None)
+    epsilon = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+    if not type(module).__name__.endswith("RMSNorm") or epsilon is None or not _is_float32(weight):
+        return False
+    width, scale = len(weight), weight.detach().numpy()
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        source = x.contiguous()
+        output = torch.empty_like(source)
+        kernels.rms_norm(source.view(-1, width).numpy(), scale, epsilon, output.view(-1, width).numpy())
+        return output
+
+    return _take(module, forward, torch.randn(1, _SAMPLE_ROWS, width, generator=generator))
+
+
+def _mlp(module: Any, model: MoEModel, joined: Joined, generator: torch.Generator) -> bool:
+    parts = [getattr(module, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
+    inner = joined.get(tuple(parts[:2]))  # type: ignore[arg-type]
+    outer = joined.get(tuple(parts[2:]))  # type: ignore[arg-type]
+    if inner is None or outer is None or not _is_float32(parts[0].weight):  # type: ignore[union-attr]
+        return False
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        return outer(silu_and_mul(inner(x)))
+
+    return _take(module, forward, torch.randn(1, _SAMPLE_ROWS, parts[0].in_features, generator=generator))  # type: ignore[union-attr]
+
+
+def silu_and_mul(x: torch.Tensor) -> torch.Tensor:
+    """``[..., 2 * w] -> [..., w]``: SiLU of the first half times the second. float32, contiguous."""
+    width = x.shape[-1] // 2
+    output = torch.empty(*x.shape[:-1], width)
+    kernels.silu_and_mul(x.view(-1, 2 * width).numpy(), output.view(-1, width).numpy())
+    return output
+
+
+class _Recorder:
+    """Takes the place of the paged attention and keeps what it is given."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[Any, ...]] = []
+
+    def begin(self, batch: Any) -> None: ...
+
+    def forward(
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *settings: Any
+    ) -> torch.Tensor:
+        self.calls.append((layer, query, key, value, *settings))
+        return query.transpose(1, 2)
+
+
+def _attention(module: Any, model: MoEModel, joined: Joined, generator: torch.Generator) -> bool:
+    parts = tuple(getattr(module, name, None) for name in ("q_proj", "k_proj", "v_proj"))
+    inner, outer = joined.get(parts), getattr(module, "o_proj", None)  # type: ignore[arg-type]
+    width = getattr(module, "head_dim", None)
+    if inner is None or outer is None or width is None or not _is_float32(outer.weight):
+        return False
+    heads, shared = inner.sizes[0] // width, inner.sizes[1] // width
+    if inner.sizes != [heads * width, shared * width, shared * width]:
+        return False
+    angles = torch.rand(1, _SAMPLE_ROWS, width // 2, generator=generator).repeat(1, 1, 2)
+    sample = torch.randn(1, _SAMPLE_ROWS, parts[0].in_features, generator=generator)  # type: ignore[union-attr]
+    recorder = _Recorder()
+    model.attention = recorder
+    own = _result(lambda: module.forward(sample, position_embeddings=(angles.cos(), angles.sin()), attention_mask=None))
+    if own is None or len(recorder.calls) != 1 or recorder.calls[0][3].shape[3] != width:
+        return False
+    layer, _, _, _, *settings = recorder.calls[0]
+
+    def forward(
+        hidden_states: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor], **_: Any
+    ) -> tuple[torch.Tensor, None]:
+        tokens = hidden_states.shape[1]
+        query, key, value = (torch.empty(tokens, count, width) for count in (heads, shared, shared))
+        cosine, sine = (part[0].contiguous().numpy() for part in position_embeddings)
+        joint = inner(hidden_states)[0].numpy()
+        kernels.split_and_rotate(joint, cosine, sine, query.numpy(), key.numpy(), value.numpy())
+        query, key, value = (part.transpose(0, 1)[None] for part in (query, key, value))
+        output = model.attention.forward(layer, query, key, value, *settings)
+        return outer(output.reshape(1, tokens, -1)), None
+
+    result = _result(lambda: forward(sample, position_embeddings=(angles.cos(), angles.sin())))
+    first, second = recorder.calls[0], recorder.calls[-1]
+    if result is None or not all(map(_agree, (own[0], *first[1:4]), (result[0], *second[1:4]))):
+        return False
+    module.forward = forward
+    return True
+
+
+def _is_float32(weight: Any) -> bool:
+    return isinstance(weight, torch.Tensor) and weight.dtype == torch.float32
+
+
+def _take(module: Any, forward: Callable[[torch.Tensor], torch.Tensor], sample: torch.Tensor) -> bool:
+    if not _agree(_result(lambda: module.forward(sample)), _result(lambda: forward(sample))):
+        return False
+    module.forward = forward
+    return True
+
+
+def _result(call: Callable[[], Any]) -> Any:
+    """None when it raises: a module that wants other arguments is not one of those meant here."""
+    try:
+        return call()
+    except (TypeError, ValueError, RuntimeError):
+        return None
+
+
+def _agree(own: torch.Tensor | None, fused: torch.Tensor | None) -> bool:
+    if own is None or fused is None or own.shape != fused.shape:
+        return False
+    return bool(torch.allclose(own, fused, rtol=_RELATIVE, atol=_ABSOLUTE))
