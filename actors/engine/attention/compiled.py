@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,13 +26,12 @@ class _Table:
 class CompiledPagedAttention(TorchPagedAttention):
     """See ``PagedAttention``. Slices of several tokens run as in the base class.
 
-    With more than one intra-op thread, a second one takes half of the sequences.
+    One thread does it, whatever torch uses: it waits for memory, and a second one was no faster.
     """
 
     def __init__(self, shapes: Sequence[KVShape], num_blocks: int, block_size: int) -> None:
         super().__init__(shapes, num_blocks, block_size, torch.float32, torch.device("cpu"))
         self._pools = [(k.numpy(), v.numpy()) for k, v in zip(self.keys, self.values, strict=True)]
-        self._helper = ThreadPoolExecutor(1, "attention") if torch.get_num_threads() > 1 else None
 
     def _plan(self, decodes: list[Decode]) -> list[Any]:
         if not decodes:
@@ -63,18 +61,7 @@ class CompiledPagedAttention(TorchPagedAttention):
         queries = query.transpose(0, 1).contiguous()
         out = torch.empty(*queries.shape[:2], values.shape[3])
         logits = kernels.NONE if sinks is None else sinks.float().contiguous().numpy()
-
-        def attend(part: slice) -> None:
-            kernels.attend(
-                queries[part].numpy(), keys, values, group.blocks[part], group.lengths[part],
-                scaling, window or 0, logits, out[part].numpy(),
-            )  # fmt: skip
-
-        half = len(queries) // 2 if self._helper is not None else 0
-        if self._helper is not None and half:
-            other = self._helper.submit(attend, slice(half, None))
-            attend(slice(half))
-            other.result()
-        else:
-            attend(slice(None))
+        kernels.attend(
+            queries.numpy(), keys, values, group.blocks, group.lengths, scaling, window or 0, logits, out.numpy()
+        )
         return out

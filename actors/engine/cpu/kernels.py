@@ -140,14 +140,17 @@ def store(pool, new, targets):  # type: ignore[no-untyped-def]
 
 @njit(fastmath=FLAGS, nogil=True)
 def _softmax(scores, scaling, sinks, head):  # type: ignore[no-untyped-def]
-    largest = -np.float32(np.inf)
+    largest, check = -np.float32(np.inf), ZERO
     for i in range(len(scores)):
         scores[i] *= scaling
+        check += scores[i]
         largest = max(largest, scores[i])
     whole = ZERO
+    if not np.isfinite(check):
+        whole = np.float32(np.nan)  # a comparison may have lost it
     if sinks.shape[0]:
         largest = max(largest, sinks[head])
-        whole = _exp2(max((sinks[head] - largest) * LOG2_E, LOWEST))
+        whole += _exp2(max((sinks[head] - largest) * LOG2_E, LOWEST))
     for i in range(len(scores)):
         scores[i] = _exp2(max((scores[i] - largest) * LOG2_E, LOWEST))
         whole += scores[i]

@@ -47,7 +47,7 @@ class Linear:
         rows = x.numel() // x.shape[-1]
         if rows <= self._few:
             return self._compute_few(x, rows)
-        flat = x.reshape(rows, -1)
+        flat = x.reshape(rows, x.shape[-1])
         if rows < _FEWEST:
             flat = torch.nn.functional.pad(flat, (0, 0, 0, _FEWEST - rows))
         output: torch.Tensor = torch.ops.mkldnn._linear_pointwise(flat, self._packed, self._bias, "none", [], "")
@@ -55,7 +55,7 @@ class Linear:
 
     def _compute_few(self, x: torch.Tensor, rows: int) -> torch.Tensor:
         output = torch.empty(*x.shape[:-1], self._out)
-        source, target = x.reshape(rows, -1).numpy(), output.view(rows, -1).numpy()
+        source, target = x.reshape(rows, x.shape[-1]).contiguous().numpy(), output.view(rows, self._out).numpy()
         offset = 0
         for weight in self._weights:
             kernels.few_rows(weight, source, self._bias_array, target, offset)

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from actors.engine.attention.base import KVShape, bytes_per_block
+from actors.engine.attention.compiled import CompiledPagedAttention
 from actors.engine.attention.torch_sdpa import TorchPagedAttention
 from actors.engine.batch import Batch, Slice
 from actors.wire import SamplingParams
@@ -26,6 +27,15 @@ class Sequence:
     keys: torch.Tensor
     values: torch.Tensor
     blocks: list[int]
+
+
+def make(kind: type[TorchPagedAttention], shape: KVShape) -> TorchPagedAttention:
+    if kind is CompiledPagedAttention:
+        return CompiledPagedAttention([shape], BLOCKS, BLOCK)
+    return TorchPagedAttention([shape], BLOCKS, BLOCK, torch.float32, CPU)
+
+
+both_kinds = pytest.mark.parametrize("kind", [TorchPagedAttention, CompiledPagedAttention])
 
 
 def sequences(shape: KVShape, lengths: list[int], seed: int = 0) -> list[Sequence]:
@@ -85,17 +95,20 @@ def by_hand(
     return torch.stack(rows)
 
 
+@both_kinds
 @pytest.mark.parametrize("sinks", [False, True])
 @pytest.mark.parametrize("window", [None, 1, 6, 1000])
 @pytest.mark.parametrize(
     ("shape", "heads"), [(KVShape(2, 8, 8), 6), (KVShape(4, 12, 5), 4), (KVShape(1, 8, 8), 3)], ids=str
 )
-def test_chunks_and_decodes_see_what_they_should(shape: KVShape, heads: int, window: int | None, sinks: bool) -> None:
+def test_chunks_and_decodes_see_what_they_should(
+    shape: KVShape, heads: int, window: int | None, sinks: bool, kind: type[TorchPagedAttention]
+) -> None:
     """Every sequence is prefilled in chunks of any size (whole, cut inside a block, of one token), then decoded, in
     batches whose sequences differ a lot in length."""
     lengths = [1, 3, 4, 17, 40, 41, 130]
     made = sequences(shape, lengths)
-    attention = TorchPagedAttention([shape], BLOCKS, BLOCK, torch.float32, CPU)
+    attention = make(kind, shape)
     logits = torch.randn(heads) if sinks else None
     draw = random.Random(1)
     done = [0] * len(made)
@@ -117,11 +130,12 @@ def test_chunks_and_decodes_see_what_they_should(shape: KVShape, heads: int, win
     assert steps > 20
 
 
-def test_many_decodes_are_cut_into_groups() -> None:
+@both_kinds
+def test_many_decodes_at_once(kind: type[TorchPagedAttention]) -> None:
     shape = KVShape(2, 8, 8)
     lengths = [60 + i % 7 for i in range(39)] + [9]
     made = sequences(shape, lengths)
-    attention = TorchPagedAttention([shape], BLOCKS, BLOCK, torch.float32, CPU)
+    attention = make(kind, shape)
     for sequence, length in zip(made, lengths, strict=True):
         step(attention, [sequence], [(0, length - 1)], torch.randn(4, length - 1, 8))
     query = torch.randn(4, len(made), 8)
@@ -131,16 +145,35 @@ def test_many_decodes_are_cut_into_groups() -> None:
 
 
 @pytest.mark.parametrize("first", [1, 4, 6])
-def test_nan_left_in_a_block_by_its_last_owner_does_not_reach_the_next(first: int) -> None:
+@both_kinds
+def test_nan_left_in_a_block_by_its_last_owner_does_not_reach_the_next(
+    kind: type[TorchPagedAttention], first: int
+) -> None:
     shape = KVShape(2, 8, 8)
     (made,) = sequences(shape, [10])
-    attention = TorchPagedAttention([shape], BLOCKS, BLOCK, torch.float32, CPU)
+    attention = make(kind, shape)
     poisoned = Sequence(torch.full((2, 12, 8), torch.nan), torch.full((2, 12, 8), torch.nan), made.blocks)
     step(attention, [poisoned], [(0, 12)], torch.randn(4, 12, 8))
     for start, end in [(0, first)] + [(position, position + 1) for position in range(first, 10)]:
         query = torch.randn(4, end - start, 8)
         output = step(attention, [made], [(start, end)], query)
         torch.testing.assert_close(output, by_hand([made], [(start, end)], query, None, None), rtol=1e-4, atol=1e-5)
+
+
+@both_kinds
+@pytest.mark.parametrize("bad", ["key", "value", "query"])
+def test_nan_shows_in_its_own_sequence_and_no_other(kind: type[TorchPagedAttention], bad: str) -> None:
+    shape = KVShape(2, 8, 8)
+    made = sequences(shape, [10, 10])
+    attention = make(kind, shape)
+    if bad != "query":
+        (made[0].keys if bad == "key" else made[0].values)[:, 3] = torch.nan
+    step(attention, made, [(0, 9), (0, 9)], torch.randn(4, 18, 8))
+    query = torch.randn(4, 2, 8)
+    if bad == "query":
+        query[:, 0] = torch.nan
+    output = step(attention, made, [(9, 10), (9, 10)], query)
+    assert output[0].isnan().all() and output[1].isfinite().all()
 
 
 def test_a_block_counts_all_layers_keys_and_values() -> None:
