@@ -13,6 +13,7 @@ import os
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -58,6 +59,9 @@ class EngineActor:
         self._doing = "connected"
         self._ready: Ready | None = None
         self._core: EngineCore | None = None
+        # One thread for all of torch: OpenMP keeps a pool of workers for each thread that ever computed, and lets the
+        # workers sleep at every barrier when there are more of them than cores.
+        self._thread = ThreadPoolExecutor(1, "engine")
         self._epoch = NO_EPOCH
         self._ended = threading.Event()
         self._cause = ""
@@ -96,9 +100,11 @@ class EngineActor:
         self._report("importing torch and transformers")
         from actors.engine.core import EngineCore
 
-        self._core = EngineCore.build(
-            self._rank, index, size, self._config, ray.util.get_node_ip_address(), self._keys, self._report
+        ip = ray.util.get_node_ip_address()
+        building = self._thread.submit(
+            EngineCore.build, self._rank, index, size, self._config, ip, self._keys, self._report
         )
+        self._core = building.result()
         self._ready = Ready(
             rank=self._rank,
             address=self._core.mailbox.address,
@@ -125,9 +131,9 @@ class EngineActor:
         """Joins ``epoch``'s process group through ``store`` and starts serving."""
         core = self._loaded()
         core.mailbox.connect_coordinator(coordinator)
-        core.join(epoch, store)
+        self._thread.submit(core.join, epoch, store).result()
         self._epoch = epoch
-        threading.Thread(target=self._run, name="engine", daemon=True).start()
+        self._thread.submit(self._run)
 
     def _report(self, doing: str) -> None:
         self._doing = doing

@@ -24,7 +24,7 @@ from placement.groups import PlacementError, RankGroup
 END_TIMEOUT_S = 5.0
 # Read when torch is loaded. Huge pages for weights: a tenth of a step of one sequence. Threads that wait for each other
 # spin briefly and then sleep: with more threads than free cores, spinning for long made steps ten times slower.
-CPU_ENVIRONMENT = {"THP_MEM_ALLOC_ENABLE": "1", "GOMP_SPINCOUNT": "2000"}
+CPU_ENVIRONMENT = {"THP_MEM_ALLOC_ENABLE": "1"}
 
 # Ray takes concurrency groups only here; its types do not know.
 _Engine: Any = ray.remote(concurrency_groups=engine_actor.CONCURRENCY)(EngineActor)  # type: ignore[call-overload]

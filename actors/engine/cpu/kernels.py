@@ -41,6 +41,7 @@ def _exp2(x):  # type: ignore[no-untyped-def]
 @njit(
     "void(float32[:, ::1], float32[:, ::1], float32[::1], float32[:, ::1], int64)",
     fastmath=FLAGS,
+    error_model="numpy",
     nogil=True,
     cache=True,
 )
@@ -71,7 +72,13 @@ def few_rows(weight, x, bias, out, offset):  # type: ignore[no-untyped-def]
             out[rows - 1, offset + column] = start + sum0
 
 
-@njit("void(float32[:, ::1], float32[::1], float32, float32[:, ::1])", fastmath=FLAGS, nogil=True, cache=True)
+@njit(
+    "void(float32[:, ::1], float32[::1], float32, float32[:, ::1])",
+    fastmath=FLAGS,
+    error_model="numpy",
+    nogil=True,
+    cache=True,
+)
 def rms_norm(x, weight, epsilon, out):  # type: ignore[no-untyped-def]
     """Rows of ``x [n, w]`` over their root mean square, times ``weight [w]``."""
     rows, width = x.shape
@@ -85,14 +92,14 @@ def rms_norm(x, weight, epsilon, out):  # type: ignore[no-untyped-def]
             target[i] = weight[i] * (source[i] * scale)
 
 
-@njit("void(float32[:, ::1], float32[:, ::1])", fastmath=FLAGS, nogil=True, cache=True)
+@njit("void(float32[:, ::1], float32[:, ::1])", fastmath=True, error_model="numpy", nogil=True, cache=True)
 def silu_and_mul(x, out):  # type: ignore[no-untyped-def]
     """``silu(x[:, :w]) * x[:, w:]`` of ``x [n, 2 * w]``, into ``out [n, w]``."""
     rows, width = out.shape
     for row in range(rows):
         gate, up, target = x[row, :width], x[row, width:], out[row]
         for i in range(width):
-            power = min(max(-gate[i] * LOG2_E, LOWEST), -LOWEST)
+            power = min(max(-gate[i] * LOG2_E, LOWEST), -LOWEST)  # fast: any NaN comes back with the product
             target[i] = gate[i] / (ONE + _exp2(power)) * up[i]
 
 
@@ -100,6 +107,7 @@ def silu_and_mul(x, out):  # type: ignore[no-untyped-def]
     "void(float32[:, ::1], float32[:, ::1], float32[:, ::1],"
     " float32[:, :, ::1], float32[:, :, ::1], float32[:, :, ::1])",
     fastmath=FLAGS,
+    error_model="numpy",
     nogil=True,
     cache=True,
 )
@@ -128,7 +136,13 @@ def split_and_rotate(joined, cosine, sine, query, key, value):  # type: ignore[n
                 value[token, head, i] = joined[token, start + i]
 
 
-@njit("void(float32[:, :, ::1], float32[:, :, ::1], int64[::1])", fastmath=FLAGS, nogil=True, cache=True)
+@njit(
+    "void(float32[:, :, ::1], float32[:, :, ::1], int64[::1])",
+    fastmath=FLAGS,
+    error_model="numpy",
+    nogil=True,
+    cache=True,
+)
 def store(pool, new, targets):  # type: ignore[no-untyped-def]
     """``pool[:, targets[t]] = new[t]``: ``pool [heads, slots, w]``, ``new [T, heads, w]``."""
     for token in range(len(targets)):
@@ -138,7 +152,7 @@ def store(pool, new, targets):  # type: ignore[no-untyped-def]
                 target[i] = source[i]
 
 
-@njit(fastmath=FLAGS, nogil=True)
+@njit(fastmath=FLAGS, error_model="numpy", nogil=True)
 def _softmax(scores, scaling, sinks, head):  # type: ignore[no-untyped-def]
     largest, check = -np.float32(np.inf), ZERO
     for i in range(len(scores)):
@@ -158,7 +172,7 @@ def _softmax(scores, scaling, sinks, head):  # type: ignore[no-untyped-def]
         scores[i] /= whole
 
 
-@njit(fastmath=FLAGS, nogil=True)
+@njit(fastmath=FLAGS, error_model="numpy", nogil=True)
 def _add_weighted(rows, weights, out):  # type: ignore[no-untyped-def]
     """``out [w] += weights [n] @ rows [n, w]``, four rows at a time so that ``out`` is read and written less often."""
     whole = len(weights) // 4 * 4
@@ -177,6 +191,7 @@ def _add_weighted(rows, weights, out):  # type: ignore[no-untyped-def]
     "void(float32[:, :, ::1], float32[:, :, :, ::1], float32[:, :, :, ::1], int64[:, ::1], int64[::1], float32, int64,"
     " float32[::1], float32[:, :, ::1])",
     fastmath=FLAGS,
+    error_model="numpy",
     nogil=True,
     cache=True,
 )
