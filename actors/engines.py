@@ -22,8 +22,7 @@ from actors.sockets import Keys
 from placement.groups import PlacementError, RankGroup
 
 END_TIMEOUT_S = 5.0
-# Read when torch is loaded. Huge pages for weights: a tenth of a step of one sequence. Threads that wait for each other
-# spin briefly and then sleep: with more threads than free cores, spinning for long made steps ten times slower.
+# Read when torch is loaded: huge pages for weights, a tenth of a step of one sequence.
 CPU_ENVIRONMENT = {"THP_MEM_ALLOC_ENABLE": "1"}
 
 # Ray takes concurrency groups only here; its types do not know.

@@ -97,15 +97,15 @@ def kind_of(name: str, module: torch.nn.Module) -> str | None:
     if leaf == "lm_head":
         return "output head"
     if isinstance(module, torch.nn.Linear):
-        return "linear: attention" if "attn" in name else "linear: dense and shared MLP"
+        return "attention: projections, rope" if "attn" in name else "MLP, dense and shared"
     if "Norm" in type_name:
         return "norms"
     if "Rotary" in type_name or leaf.endswith("attn"):
-        return "rope, heads' layout"
+        return "attention: projections, rope"
     if "Router" in type_name:
         return "experts: routing"
     if leaf in ("mlp", "shared_expert", "shared_experts"):
-        return "activations, gates"
+        return "MLP, dense and shared"
     return None
 
 
@@ -116,7 +116,7 @@ def instrument(runner: ModelRunner, exchange: Exchange, clock: Clock) -> None:
         if kind is not None:
             clock.around(module, "forward", kind)
     for method in ("begin", "forward"):
-        clock.around(model.attention, method, "attention over the cache")
+        clock.around(model.attention, method, "attention: over the cache")
     for method in ("begin", "forward", "finish"):
         clock.around(model.experts, method, "experts: routing")
     for slots in model.experts.layers:

@@ -139,6 +139,7 @@ class ScriptedGroup:
 
     @property
     def aborted(self) -> list[str]:
+        """Every abort that came. An output that crossed an abort makes the client send it once more."""
         return [request for engine in self.engines.values() for request in engine.aborted]
 
     # --- the thread ---------------------------------------------------------------------------------------------
