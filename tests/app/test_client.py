@@ -104,7 +104,7 @@ def test_one_request_of_a_call_can_be_dropped():
                             call.drop(1)
             assert (got[0], got[2]) == (expected(200, [0, 1]), expected(200, [2, 3]))
             assert got[1] == [None] * 100
-            await until(lambda: group.aborted == ["1"])
+            await until(lambda: set(group.aborted) == {"1"})
 
     run(scenario)
 
@@ -132,7 +132,7 @@ def test_closing_the_iterator_aborts_in_the_engine(held):
             task.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await task
-            await until(lambda: group.aborted == ["r"])
+            await until(lambda: "r" in group.aborted)
             assert (client.waiting, client.running) == (0, 0)
 
     run(scenario, ranks=1)
@@ -186,7 +186,7 @@ def test_deadline():
         async with connected(group) as client:
             with pytest.raises(DeadlineExceeded, match=r"0\.1 s"):
                 await collect(client, timeout_s=0.1)
-            await until(lambda: group.aborted == ["r"])
+            await until(lambda: "r" in group.aborted)
 
     run(scenario, ranks=1)
 
@@ -322,7 +322,7 @@ def test_a_request_that_the_engine_still_runs_after_its_abort_is_aborted_again()
             await until(lambda: client.running)
             request = next(iter(group.engines[0].running.values()))
             task.cancel()
-            await until(lambda: group.aborted == ["r"])
+            await until(lambda: "r" in group.aborted)
             group.engines[0].running["r"] = request  # as if the abort had been of an older epoch
             await until(lambda: group.aborted.count("r") > 1 and not group.engines[0].running)
 
@@ -433,7 +433,7 @@ def test_closing_ends_waiting_calls_and_aborts_them():
             await until(lambda: group.submits)
         with pytest.raises(Unavailable, match="shutting down"):
             await task
-        await until(lambda: group.aborted == ["r"])
+        await until(lambda: "r" in group.aborted)
 
     run(scenario, ranks=1)
 
