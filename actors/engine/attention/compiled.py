@@ -18,7 +18,7 @@ from actors.engine.cpu import kernels
 class _Table:
     """All decodes of a step. ``blocks [B, n]``, of which a row uses as many as its length needs."""
 
-    rows: slice
+    rows: torch.Tensor | slice
     blocks: np.ndarray
     lengths: np.ndarray
 
@@ -39,8 +39,8 @@ class CompiledPagedAttention(TorchPagedAttention):
         blocks = np.zeros((len(decodes), max(len(decode.blocks) for decode in decodes)), np.int64)
         for row, decode in zip(blocks, decodes, strict=True):
             row[: len(decode.blocks)] = decode.blocks
-        first = decodes[0].row
-        return [_Table(slice(first, first + len(decodes)), blocks, np.array([decode.length for decode in decodes]))]
+        rows = [decode.row for decode in decodes]
+        return [_Table(self._rows(rows), blocks, np.array([decode.length for decode in decodes]))]
 
     def _store(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
         targets = self._targets.numpy()

@@ -108,14 +108,16 @@ class TorchPagedAttention:
     def _index(self, values: list[int]) -> torch.Tensor:
         return torch.tensor(values, dtype=torch.long, device=self.device)
 
+    def _rows(self, rows: list[int]) -> torch.Tensor | slice:
+        """An index of these rows. A prompt's last token may stand alone behind chunks, so they may have gaps."""
+        contiguous = rows == list(range(rows[0], rows[0] + len(rows)))
+        return slice(rows[0], rows[0] + len(rows)) if contiguous else self._index(rows)
+
     def _group(self, group: list[Decode]) -> _Decodes:
         width = max(len(decode.blocks) for decode in group)
-        first, count = group[0].row, len(group)
-        rows = [decode.row for decode in group]
-        contiguous = rows == list(range(first, first + count))
         table = [block for d in group for block in d.blocks + d.blocks[:1] * (width - len(d.blocks))]
         return _Decodes(
-            rows=slice(first, first + count) if contiguous else self._index(rows),
+            rows=self._rows([decode.row for decode in group]),
             blocks=self._index(table),
             lengths=self._index([decode.length for decode in group]),
             width=width * self.block_size,
