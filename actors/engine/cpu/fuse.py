@@ -119,7 +119,7 @@ def _attention(module: Any, model: MoEModel, joined: Joined, generator: torch.Ge
 
     result = _result(lambda: forward(sample, position_embeddings=(angles.cos(), angles.sin())))
     first, second = recorder.calls[0], recorder.calls[-1]
-    if result is None or not all(map(_agree, (own[0], *first[1:4]), (result[0], *second[1:4]))):
+    if result is None or not all(map(agree, (own[0], *first[1:4]), (result[0], *second[1:4]))):
         return False
     module.forward = forward
     return True
@@ -130,7 +130,7 @@ def _is_float32(weight: Any) -> bool:
 
 
 def _take(module: Any, forward: Callable[[torch.Tensor], torch.Tensor], sample: torch.Tensor) -> bool:
-    if not _agree(_result(lambda: module.forward(sample)), _result(lambda: forward(sample))):
+    if not agree(_result(lambda: module.forward(sample)), _result(lambda: forward(sample))):
         return False
     module.forward = forward
     return True
@@ -144,7 +144,8 @@ def _result(call: Callable[[], Any]) -> Any:
         return None
 
 
-def _agree(own: torch.Tensor | None, fused: torch.Tensor | None) -> bool:
+def agree(own: torch.Tensor | None, fused: torch.Tensor | None) -> bool:
+    """Whether two results are of one shape and differ by rounding at most."""
     if own is None or fused is None or own.shape != fused.shape:
         return False
     return bool((own - fused).abs().max() <= _TOLERANCE * own.abs().max())

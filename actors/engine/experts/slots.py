@@ -26,7 +26,7 @@ class ExpertSlots(Protocol):
 def allocate(module: torch.nn.Module, num_slots: int, dtype: torch.dtype, device: torch.device) -> ExpertSlots:
     """Empty slots of the kind that suits the device."""
     if cpu.supported(dtype, device):
-        return PackedSlots(module, num_slots)
+        return PackedSlots(module, num_slots, dtype)
     return StackedSlots(module, num_slots, device)
 
 
@@ -56,10 +56,10 @@ class StackedSlots:
 class PackedSlots:
     """Two packed layers per slot. For CPUs."""
 
-    def __init__(self, module: Any, num_slots: int) -> None:
+    def __init__(self, module: Any, num_slots: int, dtype: torch.dtype) -> None:
         self.module = module
         self._slots: list[tuple[Any, Any] | None] = [None] * num_slots
-        self._activate = _activation(module)
+        self._activate = _activation(module, dtype)
 
     def fill(self, slot: int, weights: Mapping[str, torch.Tensor]) -> None:
         up = "gate_up_proj" if self.module.has_gate else "up_proj"
@@ -80,12 +80,12 @@ class PackedSlots:
         return Linear([weight], [weights[f"{name}_bias"] if self.module.has_bias else None])
 
 
-def _activation(module: Any) -> Callable[[torch.Tensor], torch.Tensor]:
-    """The module's own, or the compiled SiLU gate when that gives the same."""
-    from actors.engine.cpu.fuse import silu_and_mul
+def _activation(module: Any, dtype: torch.dtype) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The module's own, or the compiled SiLU gate (of float32) when that gives the same."""
+    from actors.engine.cpu.fuse import agree, silu_and_mul
 
     sample = torch.linspace(-4, 4, 64).view(2, 32)
-    if module.has_gate and torch.allclose(module._apply_gate(sample), silu_and_mul(sample), rtol=1e-4, atol=1e-5):
+    if dtype == torch.float32 and module.has_gate and agree(module._apply_gate(sample), silu_and_mul(sample)):
         return silu_and_mul
     return lambda inner: _activate(module, inner)
 
