@@ -21,8 +21,9 @@ from actors.engine.batch import Batch, Sampled, Slice
 from actors.engine.blocks import BlockPool
 from actors.engine.config import EngineConfig
 from actors.engine.experts.exchange import Exchange, SoloExchange
-from actors.engine.experts.map import ExpertMap, balanced
+from actors.engine.experts.map import ExpertMap
 from actors.engine.experts.mesh import MeshExchange
+from actors.engine.experts.planner import Shape, plan
 from actors.engine.mailbox import Mailbox
 from actors.engine.model import summarize
 from actors.engine.request import Request
@@ -85,7 +86,7 @@ class EngineCore:
         report("reading the model's configuration")
         shape = summarize(config.model)
         slots = config.expert_slots or -(-shape.num_experts // config.min_data_parallel_size)
-        expert_map = balanced(shape.num_moe_layers, shape.num_experts, size, slots)
+        expert_map = plan(Shape(shape.num_moe_layers, shape.num_experts, slots), range(size))
         report(f"loading weights of {config.model}")
         runner = ModelRunner(config, expert_map, index, SoloExchange())
         return cls(rank, config, runner, expert_map, Mailbox(ip, keys))

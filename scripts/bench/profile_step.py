@@ -36,8 +36,8 @@ from actors.engine import sampler
 from actors.engine.blocks import BlockPool
 from actors.engine.config import EngineConfig
 from actors.engine.experts.exchange import Exchange, SoloExchange
-from actors.engine.experts.map import balanced
 from actors.engine.experts.mesh import MeshExchange
+from actors.engine.experts.planner import Shape, plan
 from actors.engine.model import summarize
 from actors.engine.request import Request
 from actors.engine.runner import ModelRunner
@@ -179,7 +179,7 @@ def serve_rank(index: int, size: int, threads: int, port: int, arguments: argpar
         model=str(arguments.model.resolve()), threads=threads, kv_blocks=max(most * per_sequence, 128), max_num_seqs=64
     )
     shape = summarize(config.model)
-    expert_map = balanced(shape.num_moe_layers, shape.num_experts, size)
+    expert_map = plan(Shape(shape.num_moe_layers, shape.num_experts), range(size))
     exchange: Exchange = SoloExchange()
     if size > 1:
         store = dist.TCPStore("127.0.0.1", port, is_master=index == 0, timeout=timedelta(seconds=120))

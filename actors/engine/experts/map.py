@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import msgspec
 import numpy as np
 
@@ -60,52 +58,50 @@ class ExpertMap(msgspec.Struct, frozen=True):
                     f"layer {layer} of the expert map lacks experts {missing}; give each at least one slot"
                 )
 
+    def array(self) -> np.ndarray:
+        """``slots`` as int32 ``[layers, ranks, slots]``."""
+        return np.array(self.slots, dtype=np.int32).reshape(self.num_layers, self.num_ranks, self.num_slots)
+
+    def holds(self) -> np.ndarray:
+        """Who holds what: bool ``[layers, experts, ranks]``."""
+        slots = self.array()
+        table = np.zeros((self.num_layers, self.num_experts, self.num_ranks), dtype=bool)
+        layer, rank, slot = np.nonzero(slots != EMPTY_SLOT)
+        table[layer, slots[layer, rank, slot], rank] = True
+        return table
+
     def routes(self) -> np.ndarray:
         """Where each source rank sends each expert's rows: int32 ``[layers, ranks, num_experts + 1]``.
 
-        An entry is a global slot, ``rank_index * num_slots + slot``. A rank uses its own copy where it has one; else
-        source ranks take an expert's copies in turn. Column -1 (no expert) holds -1. Every rank computes the same
-        table, so all agree on every row's destination without talking.
+        An entry is a global slot, ``rank_index * num_slots + slot``. A rank uses its own copy where it has one; the
+        others take the copies in turn, beginning with a copy that differs from expert to expert. Column -1 (no
+        expert) holds -1. Every rank computes the same table, so all agree on every row's destination without
+        talking.
         """
         table = np.full((self.num_layers, self.num_ranks, self.num_experts + 1), EMPTY_SLOT, dtype=np.int32)
-        for layer, ranks in enumerate(self.slots):
-            copies: list[list[int]] = [[] for _ in range(self.num_experts)]
-            for rank_index, row in enumerate(ranks):
-                for slot, expert in enumerate(row):
-                    if expert != EMPTY_SLOT:
-                        copies[expert].append(rank_index * self.num_slots + slot)
-            for expert, places in enumerate(copies):
-                for source in range(self.num_ranks):
-                    own = [place for place in places if place // self.num_slots == source]
-                    table[layer, source, expert] = own[0] if own else places[source % len(places)]
+        experts = np.arange(self.num_experts)[:, None]
+        for layer, rows in enumerate(self.array()):
+            places = np.full((self.num_experts, self.num_ranks), EMPTY_SLOT, dtype=np.int32)
+            rank, slot = np.nonzero(rows != EMPTY_SLOT)
+            places[rows[rank, slot], rank] = rank * self.num_slots + slot
+            held = places != EMPTY_SLOT
+            copies = held.sum(axis=1)[:, None]
+            turn = (np.cumsum(~held, axis=1) - 1 + experts) % copies
+            # All copies' places, expert by expert, and where each expert's begin.
+            first = np.cumsum(copies)[:, None] - copies
+            table[layer, :, :-1] = np.where(held, places, places[held][first + turn]).T
         return table
 
 
-def balanced(num_layers: int, num_experts: int, num_ranks: int, num_slots: int = 0) -> ExpertMap:
-    """Each expert once, ranks' shares differing by at most one; spare slots stay empty.
+def shares(holds: np.ndarray, experts: np.ndarray) -> np.ndarray:
+    """The share of an expert's rows that each rank computes under ``ExpertMap.routes``: float64 ``[n, ranks]``.
 
-    ``num_slots`` per rank and layer; 0 means as few as suffice. The larger shares rotate over the ranks from layer
-    to layer. Raises ValueError when the slots cannot hold all experts.
+    ``holds [n, ranks]`` says who holds the experts whose ids are ``experts [n]``; every source rank has equally many
+    rows. A row of zeros where nobody holds the expert.
     """
-    needed = -(-num_experts // num_ranks) if num_layers else 0
-    num_slots = num_slots or needed
-    if num_slots < needed:
-        raise ValueError(
-            f"{num_ranks} ranks with {num_slots} expert slots each cannot hold {num_experts} experts; "
-            f"set expert_slots to {needed} or more, or use more ranks"
-        )
-    share, larger = divmod(num_experts, num_ranks)
-    layers = []
-    for layer in range(num_layers):
-        ranks: list[tuple[int, ...]] = []
-        expert = 0
-        for rank_index in range(num_ranks):
-            count = share + ((rank_index - layer) % num_ranks < larger)
-            ranks.append(_padded(range(expert, expert + count), num_slots))
-            expert += count
-        layers.append(tuple(ranks))
-    return ExpertMap(num_experts=num_experts, slots=tuple(layers))
-
-
-def _padded(experts: Sequence[int], num_slots: int) -> tuple[int, ...]:
-    return (*experts, *[EMPTY_SLOT] * (num_slots - len(experts)))
+    num_ranks = holds.shape[1]
+    copies = np.maximum(holds.sum(axis=1), 1)[:, None]
+    turns, rest = np.divmod(num_ranks - copies, copies)
+    # Own rows, whole turns of the others', and one more for the copies with which the last, short turn begins.
+    extra = (np.cumsum(holds, axis=1) - 1 - experts[:, None]) % copies < rest
+    return np.asarray(np.where(holds, (1 + turns + extra) / num_ranks, 0.0))

@@ -14,7 +14,7 @@ from actors.engine.batch import Batch, Slice
 from actors.engine.config import EngineConfig
 from actors.engine.cpu import fuse
 from actors.engine.experts.exchange import SoloExchange
-from actors.engine.experts.map import balanced
+from actors.engine.experts.planner import Shape, plan
 from actors.engine.model import summarize
 from actors.engine.runner import ModelRunner
 from actors.wire import SamplingParams
@@ -30,7 +30,7 @@ OTHERWISE = {
 def runner(path: Path) -> ModelRunner:
     shape = summarize(path)
     config = EngineConfig(model=str(path), kv_blocks=20, block_size=8, max_model_len=64)
-    return ModelRunner(config, balanced(shape.num_moe_layers, shape.num_experts, 1), 0, SoloExchange())
+    return ModelRunner(config, plan(Shape(shape.num_moe_layers, shape.num_experts), (0,)), 0, SoloExchange())
 
 
 @pytest.mark.parametrize("family", [*tiny_models.MOE_FAMILIES, "llama", "qwen3"])

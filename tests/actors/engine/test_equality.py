@@ -18,7 +18,8 @@ from transformers import AutoModelForCausalLM
 
 from actors.engine.config import EngineConfig
 from actors.engine.experts.exchange import PeerLost
-from actors.engine.experts.map import ExpertMap, balanced
+from actors.engine.experts.map import ExpertMap
+from actors.engine.experts.planner import Shape, plan
 from actors.engine.model import summarize
 
 # "cuda" runs the same tests on a GPU, which all ranks of a group share.
@@ -100,7 +101,7 @@ def together(results: list[Result]) -> dict[str, list[int]]:
 def test_every_group_size_generates_what_transformers_does(family, directory, processes, expected) -> None:
     path = tiny_models.build(family, directory)
     figures = summarize(path)
-    maps = {size: balanced(figures.num_moe_layers, figures.num_experts, size) for size in (1, 2, 3)}
+    maps = {size: plan(Shape(figures.num_moe_layers, figures.num_experts), range(size)) for size in (1, 2, 3)}
     # A dense model has no layer to read the number of ranks from: it runs alone.
     if not figures.num_moe_layers:
         maps = {1: maps[1]}
@@ -122,7 +123,7 @@ def test_every_group_size_generates_what_transformers_does(family, directory, pr
 def test_swapping_two_experts_in_the_map_is_noticed(directory, processes, expected) -> None:
     path = tiny_models.build("qwen2_moe", directory)
     figures = summarize(path)
-    true = balanced(figures.num_moe_layers, figures.num_experts, 2)
+    true = plan(Shape(figures.num_moe_layers, figures.num_experts), range(2))
     first = [list(row) for row in true.slots[0]]
     first[0][0], first[1][0] = first[1][0], first[0][0]
     swapped = ExpertMap(true.num_experts, (tuple(tuple(row) for row in first), *true.slots[1:]))
@@ -141,7 +142,7 @@ def test_replicas_and_empty_slots_change_nothing(directory, processes, expected)
 def test_a_rank_without_requests_takes_part(directory, processes, expected) -> None:
     path = tiny_models.build("mixtral", directory)
     figures = summarize(path)
-    made = jobs(processes, path, balanced(figures.num_moe_layers, figures.num_experts, 2))
+    made = jobs(processes, path, plan(Shape(figures.num_moe_layers, figures.num_experts), range(2)))
     everything = made[0].prompts + made[1].prompts
     made = [dataclasses.replace(job, prompts=everything if job.rank_index else []) for job in made]
     idle, busy = processes.run(made)
@@ -155,7 +156,7 @@ def test_a_rank_reads_no_other_rank_s_experts(family, directory, processes) -> N
     figures = summarize(path)
     reads = {}
     for size in (1, 2):
-        made = jobs(processes, path, balanced(figures.num_moe_layers, figures.num_experts, size))
+        made = jobs(processes, path, plan(Shape(figures.num_moe_layers, figures.num_experts), range(size)))
         results = processes.run(made)
         together(results)
         reads[size] = [result.bytes_read for result in results]
@@ -172,7 +173,7 @@ def test_a_rank_reads_no_other_rank_s_experts(family, directory, processes) -> N
 def test_a_request_that_makes_the_model_raise_leaves_all_others_right(directory, processes, expected) -> None:
     path = tiny_models.build("qwen2_moe", directory)
     figures = summarize(path)
-    made = jobs(processes, path, balanced(figures.num_moe_layers, figures.num_experts, 3))
+    made = jobs(processes, path, plan(Shape(figures.num_moe_layers, figures.num_experts), range(3)))
     used = {token for prompt in prompts().values() for token in prompt}
     used |= {token for tokens in expected("qwen2_moe").values() for token in tokens}
     poison = next(token for token in range(tiny_models.VOCAB) if token not in used)
@@ -188,7 +189,7 @@ def test_a_request_that_makes_the_model_raise_leaves_all_others_right(directory,
 def test_peers_of_a_killed_rank_raise_peer_lost(directory, processes) -> None:
     path = tiny_models.build("qwen2_moe", directory)
     figures = summarize(path)
-    first, victim, last = jobs(processes, path, balanced(figures.num_moe_layers, figures.num_experts, 3))
+    first, victim, last = jobs(processes, path, plan(Shape(figures.num_moe_layers, figures.num_experts), range(3)))
     with RankProcesses(1) as mortal:
         processes.start([first, last])
         mortal.start([dataclasses.replace(victim, dies_in=5)])

@@ -1,24 +1,11 @@
 from __future__ import annotations
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from actors.engine.experts.map import EMPTY_SLOT, ExpertMap, balanced
-
-shapes = st.tuples(st.integers(1, 4), st.integers(1, 20), st.integers(1, 7), st.integers(0, 3))
-
-
-@given(shapes)
-def test_a_balanced_map_holds_each_expert_once_in_even_shares(shape: tuple[int, int, int, int]) -> None:
-    layers, experts, ranks, spare = shape
-    made = balanced(layers, experts, ranks, -(-experts // ranks) + spare)
-    made.validate()
-    assert (made.num_layers, made.num_ranks, made.num_slots) == (layers, ranks, -(-experts // ranks) + spare)
-    for layer in made.slots:
-        shares = [[expert for expert in row if expert != EMPTY_SLOT] for row in layer]
-        assert sorted(expert for share in shares for expert in share) == list(range(experts))
-        assert max(map(len, shares)) - min(map(len, shares)) <= 1
+from actors.engine.experts.map import EMPTY_SLOT, ExpertMap, shares
 
 
 @st.composite
@@ -59,6 +46,26 @@ def test_all_copies_of_an_expert_are_used_when_no_source_has_its_own(made: Exper
             assert used == holders
 
 
+@given(maps())
+def test_sources_without_a_copy_spread_evenly_over_the_copies(made: ExpertMap) -> None:
+    routes = made.routes()
+    for layer, ranks in enumerate(made.slots):
+        for expert in range(made.num_experts):
+            holders = [rank for rank, row in enumerate(ranks) if expert in row]
+            others = [rank for rank in range(made.num_ranks) if rank not in holders]
+            sent = np.bincount(routes[layer, others, expert] // made.num_slots, minlength=made.num_ranks)[holders]
+            assert sent.max() - sent.min() <= 1
+
+
+@given(maps())
+def test_shares_are_what_the_routes_give_each_rank(made: ExpertMap) -> None:
+    experts = np.arange(made.num_experts)
+    for layer, routes in enumerate(made.routes()):
+        ranks = routes[:, :-1] // made.num_slots
+        counted = [np.bincount(ranks[:, expert], minlength=made.num_ranks) / made.num_ranks for expert in experts]
+        assert np.allclose(shares(made.holds()[layer], experts), counted)
+
+
 @pytest.mark.parametrize(
     ("slots", "complaint"),
     [
@@ -74,13 +81,9 @@ def test_a_bad_map_is_refused_with_its_place(slots: tuple, complaint: str) -> No
         ExpertMap(2, slots).validate()
 
 
-def test_too_few_slots_are_refused_with_the_number_needed() -> None:
-    with pytest.raises(ValueError, match="set expert_slots to 4 or more"):
-        balanced(1, 8, 2, 3)
-
-
-def test_a_dense_model_has_an_empty_map() -> None:
-    made = balanced(0, 0, 3)
+def test_a_map_without_layers_is_that_of_a_dense_model() -> None:
+    made = ExpertMap(0, ())
     made.validate()
     assert (made.num_layers, made.num_slots) == (0, 0)
     assert made.of_rank(2) == ()
+    assert made.routes().shape[0] == made.holds().shape[0] == made.array().shape[0] == 0
