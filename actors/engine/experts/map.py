@@ -79,14 +79,14 @@ class ExpertMap(msgspec.Struct, frozen=True):
         talking.
         """
         table = np.full((self.num_layers, self.num_ranks, self.num_experts + 1), EMPTY_SLOT, dtype=np.int32)
-        experts = np.arange(self.num_experts)[:, None]
+        starts = _starts(np.arange(self.num_experts))[:, None]
         for layer, rows in enumerate(self.array()):
             places = np.full((self.num_experts, self.num_ranks), EMPTY_SLOT, dtype=np.int32)
             rank, slot = np.nonzero(rows != EMPTY_SLOT)
             places[rows[rank, slot], rank] = rank * self.num_slots + slot
             held = places != EMPTY_SLOT
             copies = held.sum(axis=1)[:, None]
-            turn = (np.cumsum(~held, axis=1) - 1 + experts) % copies
+            turn = (np.cumsum(~held, axis=1) - 1 + starts) % copies
             # All copies' places, expert by expert, and where each expert's begin.
             first = np.cumsum(copies)[:, None] - copies
             table[layer, :, :-1] = np.where(held, places, places[held][first + turn]).T
@@ -103,5 +103,14 @@ def shares(holds: np.ndarray, experts: np.ndarray) -> np.ndarray:
     copies = np.maximum(holds.sum(axis=1), 1)[:, None]
     turns, rest = np.divmod(num_ranks - copies, copies)
     # Own rows, whole turns of the others', and one more for the copies with which the last, short turn begins.
-    extra = (np.cumsum(holds, axis=1) - 1 - experts[:, None]) % copies < rest
+    extra = (np.cumsum(holds, axis=1) - 1 - _starts(experts)[:, None]) % copies < rest
     return np.asarray(np.where(holds, (1 + turns + extra) / num_ranks, 0.0))
+
+
+def _starts(experts: np.ndarray) -> np.ndarray:
+    """With which copy, modulo their number, the turns of an expert begin: int64 ``[n]``.
+
+    Scattered (Knuth's multiplicative hash), since ids in one rank's slots often have a stride, and all their last,
+    short turns would begin with the same rank.
+    """
+    return (experts.astype(np.int64) * 2654435761 % 2**32) >> 16
