@@ -7,11 +7,12 @@ from the engines, so nothing is stored.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from queue import SimpleQueue
 from typing import Any
@@ -50,13 +51,15 @@ class Coordinator:
         self._interval_s = interval_s
         self._idle_s = idle_s
         self._epoch = NO_EPOCH
+        self._leaving: frozenset[int] = frozenset()
+        self._view_numbers = itertools.count(1)
         self._waves = GroupWaves()
         self._loads = LoadTable(settle_s=interval_s)
         # Where each (epoch, rank) last spoke from; epochs to come included.
         self._routes: dict[tuple[int, int], bytes] = {}
         self._counters: Counter[str] = Counter()
         self._published_at = 0.0
-        self._wave_changed = True
+        self._urgent = True
         self._loads_changed = False
 
         self._context = zmq.Context()
@@ -97,12 +100,22 @@ class Coordinator:
         """
         self._command(lambda: self._form(epoch)).result(STOP_TIMEOUT_S)
 
+    def set_leaving(self, epoch_number: int, ranks: Iterable[int]) -> None:
+        """Tells all front-ends, at once, to give ``ranks`` nothing new; replaces what was set before.
+
+        Holds until the next epoch. A coordinator that replaces this one must be told again. Raises ``ValueError`` for
+        another epoch than the current one and for ranks that are not in it, ``RuntimeError`` after ``stop``.
+        """
+        leaving = frozenset(ranks)
+        self._command(lambda: self._set_leaving(epoch_number, leaving)).result(STOP_TIMEOUT_S)
+
     def status(self) -> dict[str, Any]:
         """Wave, membership, and how many messages of each kind were dropped so far."""
         waves = self._waves
         return {
             "epoch": waves.epoch,
             "ranks": sorted(waves.ranks),
+            "leaving": sorted(self._leaving),
             "heard": sorted(waves.heard),
             "wave": waves.wave,
             "running": waves.running,
@@ -213,15 +226,26 @@ class Coordinator:
             if former is not None:
                 routes.setdefault((epoch.number, member.rank), former)
         self._routes = routes
+        if epoch.number > self._epoch.number:
+            self._leaving = frozenset()
         self._epoch = epoch
         self._loads.resize(epoch.ranks, kept=(member.rank for member in kept))
-        self._wave_changed = True
+        self._urgent = True
         self._step(transition)
+
+    def _set_leaving(self, epoch_number: int, leaving: frozenset[int]) -> None:
+        if epoch_number != self._epoch.number:
+            raise ValueError(f"ranks can't leave epoch {epoch_number}: this is epoch {self._epoch.number}")
+        strangers = leaving - set(self._epoch.ranks)
+        if strangers:
+            raise ValueError(f"ranks {sorted(strangers)} can't leave epoch {epoch_number}: its are {self._epoch.ranks}")
+        self._leaving = leaving
+        self._urgent = True
 
     def _step(self, transition: tuple[GroupWaves, list[wire.StartWave]]) -> None:
         before = self._waves
         self._waves, starts = transition
-        self._wave_changed |= (before.wave, before.running) != (self._waves.wave, self._waves.running)
+        self._urgent |= (before.wave, before.running) != (self._waves.wave, self._waves.running)
         for start in starts:
             peer = self._routes.get((start.epoch, start.rank))
             if peer is not None:  # else it is told when it announces itself
@@ -237,7 +261,7 @@ class Coordinator:
 
     def _due(self) -> float:
         """When to publish next, on the monotonic clock."""
-        if self._wave_changed:
+        if self._urgent:
             return 0.0
         return self._published_at + (self._interval_s if self._loads_changed else self._idle_s)
 
@@ -245,7 +269,7 @@ class Coordinator:
         now = time.monotonic()
         self._publisher.send(wire.encode(self._view()))
         self._published_at = now
-        self._wave_changed = False
+        self._urgent = False
         # What the newest step still holds back is published an interval later.
         self._loads_changed = not self._loads.settled(now)
         self._counters["published"] += 1
@@ -253,7 +277,15 @@ class Coordinator:
     def _view(self) -> wire.View:
         waves = self._waves
         loads = self._loads.snapshot(time.monotonic())
-        return wire.View(waves.epoch, list(self._epoch.members), waves.wave, waves.running, loads)
+        return wire.View(
+            waves.epoch,
+            list(self._epoch.members),
+            waves.wave,
+            waves.running,
+            loads,
+            leaving=sorted(self._leaving),
+            number=next(self._view_numbers),
+        )
 
     def _drop(self, kind: str, what: str) -> None:
         self._counters[kind] += 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
 from typing import Any
 
 import ray
@@ -37,6 +38,12 @@ class CoordinatorActor:
         if self._coordinator is None:
             raise RuntimeError(f"epoch {epoch.number} reached a coordinator without sockets: call open first")
         self._coordinator.set_epoch(epoch)
+
+    def set_leaving(self, epoch_number: int, ranks: Iterable[int]) -> None:
+        """See ``Coordinator.set_leaving``; raises ``RuntimeError`` before ``open``."""
+        if self._coordinator is None:
+            raise RuntimeError(f"ranks {list(ranks)} can't leave a coordinator without sockets: call open first")
+        self._coordinator.set_leaving(epoch_number, ranks)
 
     def status(self) -> dict[str, Any]:
         return self._coordinator.status() if self._coordinator is not None else {}

@@ -15,7 +15,9 @@ class GroupSettings:
     ``max_size`` None means no bound of our own. A group that breaks more than ``max_restarts`` times within ten
     minutes is given up. Environment variables whose names start with one of ``env_prefixes`` are copied to the ranks.
     ``placement_groups`` (hex id to local rank) were made by the caller, to be used instead of our own.
-    Times are in seconds.
+    ``drain_timeout_s`` is how long the running requests of a leaving rank may stay there. Experts are re-placed when
+    the busiest rank has more than ``rebalance_threshold`` times the mean load (None: only when asked to), measured
+    over ``rebalance_interval_s``. Times are in seconds.
     """
 
     engine: EngineConfig
@@ -28,3 +30,6 @@ class GroupSettings:
     max_restarts: int
     env_prefixes: tuple[str, ...]
     placement_groups: dict[str, int] | None = None
+    drain_timeout_s: float = 30.0
+    rebalance_threshold: float | None = None
+    rebalance_interval_s: float = 60.0

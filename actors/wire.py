@@ -64,7 +64,6 @@ class Submit(msgspec.Struct, tag=True):
     """
 
     epoch: int
-    wave: int
     request_id: str
     prompt: list[int]
     generated: list[int]
@@ -220,13 +219,19 @@ class Load(msgspec.Struct, frozen=True, array_like=True):
 
 
 class View(msgspec.Struct, tag=True):
-    """What front-ends know of the group: its members in ``epoch``, its wave, and its ranks' loads."""
+    """What front-ends know of the group: its members in ``epoch``, its wave, and its ranks' loads.
+
+    ``leaving`` are members that get nothing new: they finish what they run, or lose it to others in the next epoch.
+    ``number`` counts the views of one coordinator, so that one that was overtaken on the way is known as such.
+    """
 
     epoch: int
     members: list[Member]
     wave: int
     running: bool
     loads: list[Load]
+    leaving: list[int] = []
+    number: int = 0
 
 
 # One encoder serves all threads of a process (msgspec encoders hold no state between calls); decoders are typed.

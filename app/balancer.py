@@ -33,8 +33,14 @@ class _Rank:
     member: Member
     load: Load
     offered: bool = False
+    leaving: bool = False
     unseen: set[str] = field(default_factory=set)  # submitted, no output yet
     seen: dict[str, tuple[int, int]] = field(default_factory=dict)  # (wave, step) of the first output
+
+    @property
+    def open(self) -> bool:
+        """Whether it may be given something new."""
+        return self.offered and not self.leaving
 
     @property
     def score(self) -> int:
@@ -73,21 +79,29 @@ class Balancer:
         """The last load of each member, in order of rank."""
         return [rank.load for rank in self._ranks.values()]
 
+    @property
+    def leaving(self) -> tuple[int, ...]:
+        """Members that get nothing new, in order."""
+        return tuple(number for number, rank in self._ranks.items() if rank.leaving)
+
     def observe(self, view: View) -> bool:
         """Takes a published view; returns False, and changes nothing, when it is of an older epoch.
 
         A rank that left in a newer epoch is therefore never revived by a late view. Within an epoch a load is
-        replaced only by one taken later.
+        replaced only by one taken later. Ranks that the view calls leaving get nothing new until a view (of a scaling
+        that was rolled back, say) does so no more; what they run stays theirs.
         """
         if view.epoch < self.epoch:
             return False
         if view.epoch > self.epoch:
             self._change_members(view)
+        for number, rank in self._ranks.items():
+            rank.leaving = number in view.leaving
         for load in view.loads:
-            rank = self._ranks.get(load.rank)
-            if rank is not None and (load.wave, load.step) >= (rank.load.wave, rank.load.step):
-                rank.load = load
-                rank.cover()
+            loaded = self._ranks.get(load.rank)
+            if loaded is not None and (load.wave, load.step) >= (loaded.load.wave, loaded.load.step):
+                loaded.load = load
+                loaded.cover()
         return True
 
     def offer(self, rank: int) -> None:
@@ -103,12 +117,14 @@ class Balancer:
     def assign(self, request_id: str, rank: int | None = None) -> int | None:
         """Chooses a rank for a request (the named one if it names one) and counts the request there.
 
-        Returns None when no rank that it may use is offered yet. Raises UnknownRank for a rank that is no member.
+        A named rank that is leaving can't be had any more, which is not the request's fault: another is chosen, as for
+        a request whose named rank left while it ran. Returns None when no rank that it may use is offered yet. Raises
+        UnknownRank for a rank that is no member.
         """
-        if rank is None:
-            rank = self._choose()
-        elif rank not in self._ranks:
+        if rank is not None and rank not in self._ranks:
             raise UnknownRank(f"rank {rank} is not in the group; its ranks are {list(self._ranks)}")
+        if rank is None or self._ranks[rank].leaving:
+            rank = self._choose()
         elif not self._ranks[rank].offered:
             rank = None
         if rank is not None:
@@ -147,7 +163,7 @@ class Balancer:
         }
 
     def _choose(self) -> int | None:
-        offered = [number for number, rank in self._ranks.items() if rank.offered]
+        offered = [number for number, rank in self._ranks.items() if rank.open]
         count = len(offered)
         if count == 0:
             return None

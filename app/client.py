@@ -16,6 +16,7 @@ import asyncio
 import logging
 import random
 import uuid
+from collections import Counter
 from collections.abc import AsyncGenerator, Sequence
 
 import zmq
@@ -62,6 +63,7 @@ class Client:
         self.view: wire.View | None = None
         self.limits = limits
         self.tokens_received = 0
+        self.replayed: Counter[str] = Counter()  # attempts given up, by reason
         self._locate = locate
         self._configure = configure
         self._beat_s = beat_s
@@ -72,6 +74,7 @@ class Client:
         self._wave = (0, False)  # (wave, running), the latest known; ordered as a tuple
         self._links: dict[int, EngineLink] = {}
         self._flights: dict[str, tuple[Flight, Call]] = {}  # by wire id; also those that wait for a rank
+        self._rumoured_epoch = 0  # the newest that an engine spoke of
         self._unplaced: dict[str, None] = {}
         self._strays: dict[int, set[str]] = {}
         self._waiting = 0
@@ -127,6 +130,11 @@ class Client:
     def loads(self) -> list[wire.Load]:
         """The last known load of each member, in order of rank."""
         return self._balancer.loads
+
+    @property
+    def leaving(self) -> tuple[int, ...]:
+        """Members that are given nothing new, because the next epoch will be without them."""
+        return self._balancer.leaving
 
     @property
     def missing(self) -> tuple[int, ...]:
@@ -225,7 +233,7 @@ class Client:
         self._unplaced.pop(flight.wire_id, None)
         flight.rank = rank
         wave, running = self._wave
-        self._links[rank].send(flight.submit(self.epoch, wave))
+        self._links[rank].send(flight.submit(self.epoch))
         if not running:
             self._coordinator.send(wire.FirstRequest(self.epoch, rank, wave))
 
@@ -234,8 +242,15 @@ class Client:
         for flight, call in [self._flights[wire_id] for wire_id in self._unplaced]:
             self._place(flight, call)
 
-    def _replay(self, flight: Flight, call: Call, min_epoch: int = 0) -> None:
-        """Gives up the flight's attempt and continues it elsewhere, in ``min_epoch`` or later."""
+    def _replay(self, flight: Flight, call: Call, reason: str, min_epoch: int = 0) -> None:
+        """Gives up the flight's attempt, to be continued elsewhere, in ``min_epoch`` or later.
+
+        The patience of ``start_timeout_s`` starts anew, as a rank had been reached; but not when all that the rank said
+        is that it stands in another epoch, which must not go on for ever.
+        """
+        self.replayed[reason] += 1
+        if reason != "stale_epoch":
+            flight.waiting_since = self._loop.time()
         self._forget(flight)
         flight.next_attempt()
         flight.min_epoch = min_epoch
@@ -271,13 +286,19 @@ class Client:
     # --- what comes from the engines ----------------------------------------------------------------------------
 
     def _attached(self, link: EngineLink, message: wire.Attached) -> None:
-        assert self._coordinator is not None
         self._balancer.offer(link.rank)
-        if message.epoch > self.epoch:
-            self._coordinator.look_up()
+        self._rumour(message.epoch)
         self._place_all()
 
+    def _rumour(self, epoch: int) -> None:
+        """An engine speaks of ``epoch``: if that is news, the coordinator is asked, rather than waited for."""
+        assert self._coordinator is not None
+        if epoch > max(self.epoch, self._rumoured_epoch):
+            self._rumoured_epoch = epoch
+            self._coordinator.look_up()
+
     def _outputs(self, link: EngineLink, outputs: wire.Outputs) -> None:
+        self._rumour(outputs.epoch)
         # Outputs of an older epoch are taken too: a step that completed before the switch is as good as one after it.
         if outputs.epoch == self.epoch and outputs.wave > self._wave[0]:
             self._wave = (outputs.wave, True)
@@ -297,7 +318,7 @@ class Client:
         except TokensMissing as error:
             log.warning("rank %d: %s; the request is replayed", outputs.rank, error)
             self._links[outputs.rank].send(wire.Abort(self.epoch, [flight.wire_id]))
-            self._replay(flight, call)
+            self._replay(flight, call, "tokens_missing")
             self._place(flight, call)
             return
         self.tokens_received += len(delta.tokens)
@@ -311,13 +332,10 @@ class Client:
             self._forget(flight)
 
     def _failed(self, flight: Flight, call: Call, failure: wire.Failure, engine_epoch: int) -> None:
-        assert self._coordinator is not None
         if failure.code == "stale_epoch" or (failure.code == "overloaded" and flight.attempts):
             # The engine is ahead of this client, or behind it, or (a replayed request only) full for the moment.
-            self._replay(flight, call, max(engine_epoch, self.epoch))
-            if engine_epoch > self.epoch:
-                self._coordinator.look_up()
-            elif self._retry is None:
+            self._replay(flight, call, failure.code, max(engine_epoch, self.epoch))
+            if engine_epoch <= self.epoch and self._retry is None:
                 self._retry = self._loop.call_later(RETRY_S, self._place_all)
             return
         self._forget(flight)
@@ -330,10 +348,13 @@ class Client:
         before = self.epoch
         if not self._balancer.observe(view):
             return
+        returned = self.view is not None and bool(set(self.view.leaving) - set(view.leaving))
         self.view = view
         wave = (view.wave, view.running)
         if view.epoch == before:
             self._wave = max(self._wave, wave)
+            if returned:
+                self._place_all()
             return
         log.info("epoch %d: ranks %s", view.epoch, [member.rank for member in view.members])
         self._wave = wave
@@ -346,6 +367,7 @@ class Client:
         for rank, link in list(self._links.items()):
             if members.get(rank) == link.member:
                 continue
+            link.drain()  # what it finished before it left need not be made again
             moving = [(flight, call) for flight, call in self._flights.values() if flight.rank == rank]
             if moving:
                 link.send(wire.Abort(self.epoch, [flight.wire_id for flight, _ in moving]))
@@ -353,7 +375,7 @@ class Client:
             del self._links[rank]
             self._strays.pop(rank, None)
             for flight, call in moving:
-                self._replay(flight, call)
+                self._replay(flight, call, "rank_left")
         for rank, member in members.items():
             if rank not in self._links:
                 self._links[rank] = EngineLink(
@@ -382,6 +404,6 @@ class Client:
     def _give_up_waiting(self) -> None:
         now = self._loop.time()
         for flight, call in [self._flights[wire_id] for wire_id in self._unplaced]:
-            if now - flight.admitted_at > self.limits.start_timeout_s and not flight.attempts:
+            if now - flight.waiting_since > self.limits.start_timeout_s and not flight.attempts:
                 waited = f"The request waited {self.limits.start_timeout_s:g} s for a rank."
                 call.fail(Unavailable(f"{waited} {self.trouble or ''}".rstrip()))

@@ -97,6 +97,21 @@ class AppConfig(BaseModel):
     max_restarts: int = Field(
         3, ge=0, description="Times a broken group is made anew within ten minutes, before it is given up."
     )
+    drain_timeout_s: float = Field(
+        30.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="Longest wait for the running requests of a leaving rank; then they go on elsewhere.",
+    )
+    rebalance_threshold: float | None = Field(
+        None,
+        ge=1,
+        allow_inf_nan=False,
+        description="Load of the busiest rank's experts over the mean that re-places experts; unset: only when asked.",
+    )
+    rebalance_interval_s: Seconds = Field(
+        60.0, description="Window in which experts' load is measured, and how often it is looked at."
+    )
     env_prefixes: tuple[str, ...] = Field(
         ("ACCORDION_", "NCCL_", "GLOO_", "TORCH_", "HF_"),
         description="Environment variables with these prefixes are copied to the ranks.",
@@ -212,6 +227,9 @@ class AppConfig(BaseModel):
             max_restarts=self.max_restarts,
             env_prefixes=self.env_prefixes,
             placement_groups=self.placement_groups,
+            drain_timeout_s=self.drain_timeout_s,
+            rebalance_threshold=self.rebalance_threshold,
+            rebalance_interval_s=self.rebalance_interval_s,
         )
 
     def limits(self) -> Limits:

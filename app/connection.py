@@ -49,14 +49,14 @@ class Connection:
             self._socket.setsockopt(zmq.IDENTITY, identity)
         configure(self._socket)
         self._socket.connect(address)
-        self._loop.add_reader(self._socket.fileno(), self._drain)
-        self._loop.call_soon(self._drain)
+        self._loop.add_reader(self._socket.fileno(), self.drain)
+        self._loop.call_soon(self.drain)
 
     def send(self, frame: bytes) -> None:
         self._socket.send(frame, zmq.NOBLOCK)
         # The descriptor is edge-triggered and sending may consume the edge: look for arrivals ourselves.
         if int(self._socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
-            self._loop.call_soon(self._drain)
+            self._loop.call_soon(self.drain)
 
     def close(self) -> None:
         """Closes the socket; what was sent is still delivered for up to LINGER_MS. Twice does nothing."""
@@ -64,7 +64,8 @@ class Connection:
             self._loop.remove_reader(self._socket.fileno())
             self._socket.close()
 
-    def _drain(self) -> None:
+    def drain(self) -> None:
+        """Hands over what has arrived, some of it later if it is much."""
         for _ in range(FRAMES_PER_TURN):
             if self._socket.closed:
                 return
@@ -76,4 +77,4 @@ class Connection:
                 self._on_frame(frame)
             except Exception:
                 log.exception("dropped a frame of %d bytes from %s", len(frame), self.address)
-        self._loop.call_soon(self._drain)
+        self._loop.call_soon(self.drain)

@@ -37,7 +37,6 @@ class Flight:
     __slots__ = (
         "_notify",
         "_pending",
-        "admitted_at",
         "answered",
         "attempts",
         "generation",
@@ -46,13 +45,14 @@ class Flight:
         "rank",
         "seen",
         "tokens",
+        "waiting_since",
         "wire_id",
     )
 
     def __init__(self, generation: Generation, index: int, admitted_at: float, notify: Callable[[Flight], None]):
         self.generation = generation
         self.index = index
-        self.admitted_at = admitted_at
+        self.waiting_since = admitted_at  # or since it lost the rank that had taken it
         self.tokens: list[int] = []
         self.answered = False  # an output of the present attempt came
         self.seen = False  # an output of any attempt came
@@ -63,10 +63,10 @@ class Flight:
         self._pending: Delta | None = None
         self._notify = notify
 
-    def submit(self, epoch: int, wave: int) -> Submit:
+    def submit(self, epoch: int) -> Submit:
         """The message that starts the present attempt, or continues from the tokens received in earlier ones."""
         generation = self.generation
-        return Submit(epoch, wave, self.wire_id, generation.prompt, self.tokens, generation.sampling)
+        return Submit(epoch, self.wire_id, generation.prompt, self.tokens, generation.sampling)
 
     def next_attempt(self) -> None:
         """Gives up the present attempt: the next one has another name, so late deltas of this one are strangers."""

@@ -55,6 +55,10 @@ class EngineLink:
     def tick(self, epoch: int) -> None:
         self.send(wire.Beat(epoch) if self.attached else wire.Attach())
 
+    def drain(self) -> None:
+        """Takes what has arrived already."""
+        self._connection.drain()
+
     def close(self) -> None:
         self._connection.close()
 
@@ -75,7 +79,8 @@ class CoordinatorLink:
     """A DEALER to the coordinator's ROUTER and a SUB to its PUB, found again when the coordinator falls silent.
 
     The coordinator publishes a view every few seconds even when nothing changed; in between, a Lookup per tick asks
-    for one. No view for ``timeout_s`` means that it may have been replaced: ``locate`` is asked where it is now.
+    for one. Views come over two sockets, and one that another overtook is dropped. No view for ``timeout_s`` means
+    that the coordinator may have been replaced: ``locate`` is asked where it is now.
     """
 
     def __init__(
@@ -93,7 +98,7 @@ class CoordinatorLink:
         self._timeout_s = timeout_s
         self._loop = asyncio.get_running_loop()
         self._heard_at = self._loop.time()
-        self._asked = False
+        self._newest = 0
         self._router: Connection | None = None
         self._publisher: Connection | None = None
         self._search: asyncio.Task[None] | None = None
@@ -129,6 +134,7 @@ class CoordinatorLink:
             return
         # Also at the same addresses: a fresh connection makes a fresh key exchange.
         self._disconnect()
+        self._newest = 0  # another coordinator counts its own
         log.info("coordinator at %s, publishing at %s", router, publisher)
         self._router = Connection(self._context, zmq.DEALER, router, self._configure, self._receive)
         self._publisher = Connection(self._context, zmq.SUB, publisher, self._configure, self._receive)
@@ -144,4 +150,6 @@ class CoordinatorLink:
     def _receive(self, frame: bytes) -> None:
         view = wire.coordinator_to_client(frame)
         self._heard_at = self._loop.time()
-        self._on_view(view)
+        if view.number >= self._newest:
+            self._newest = view.number
+            self._on_view(view)

@@ -257,6 +257,40 @@ class TestPublishing:
         assert time.process_time() - cpu < 0.2
 
 
+class TestLeaving:
+    def test_ranks_that_leave_are_published_at_once_and_no_more_in_the_next_epoch(self, network: Network) -> None:
+        network.paused_group(3)
+        subscriber = network.subscriber()
+        number = network.epoch
+        network.coordinator.set_leaving(number, [2, 1])
+        view = subscriber.view()
+        assert (view.epoch, view.leaving) == (number, [1, 2])
+        assert network.coordinator.status()["leaving"] == [1, 2]
+        network.coordinator.set_epoch(epoch_of(number, 0, 1, 2))  # repeated: changes nothing
+        assert subscriber.view_when(lambda view: view.number >= 0).leaving == [1, 2]
+        network.coordinator.set_leaving(number, [])
+        assert subscriber.view_when(lambda view: not view.leaving).epoch == number
+        network.coordinator.set_leaving(number, [2])
+        network.coordinator.set_epoch(epoch_of(number + 1, 0, 1))
+        assert subscriber.view_when(lambda view: view.epoch > number).leaving == []
+
+    def test_only_members_of_the_current_epoch_can_leave(self, network: Network) -> None:
+        network.coordinator.set_epoch(epoch_of(4, 0, 1))
+        with pytest.raises(ValueError, match=r"\[7\] can't leave epoch 4"):
+            network.coordinator.set_leaving(4, [1, 7])
+        with pytest.raises(ValueError, match="epoch 3: this is epoch 4"):
+            network.coordinator.set_leaving(3, [1])
+        assert network.coordinator.status()["leaving"] == []
+        network.coordinator.stop()
+        with pytest.raises(RuntimeError, match="has stopped"):
+            network.coordinator.set_leaving(4, [1])
+
+    def test_views_are_numbered_in_the_order_they_were_made(self, network: Network) -> None:
+        client = network.dealer()
+        numbers = [client.look_up().number for _ in range(3)]
+        assert numbers == sorted(set(numbers))
+
+
 class TestWhatIsDropped:
     @pytest.mark.parametrize(
         "frames",

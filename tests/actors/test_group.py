@@ -120,7 +120,7 @@ def test_requests_of_a_client_that_fell_silent_are_aborted(group: LocalGroup) ->
     sampling = wire.SamplingParams(max_tokens=240, temperature=0.0)
     # Enough of them that they are still running when the client is given up.
     for i in range(24):
-        socket.send(wire.encode(wire.Submit(1, 0, f"orphan{i}", [60 + i, 61], [], sampling)))
+        socket.send(wire.encode(wire.Submit(1, f"orphan{i}", [60 + i, 61], [], sampling)))
     assert socket.poll(20_000)
     context.destroy(linger=0)
     asyncio.run(wait_empty(group))

@@ -63,6 +63,8 @@ class ScriptedGroup:
         self.step = 0
         self.silent = False  # the coordinator says nothing
         self.loads: dict[int, wire.Load] = {}
+        self.leaving: list[int] = []
+        self.views = 0
         self._context = zmq.Context()
         self._lock = threading.RLock()
         self._stop = False
@@ -104,8 +106,20 @@ class ScriptedGroup:
                     self.engines[rank].epoch = self.epoch + 1
             if view_too:
                 self.epoch += 1
+                self.leaving = []
                 self.members = [self.engines[rank].member for rank in ranks]
                 self._publish_due = True
+
+    def leave(self, ranks: list[int]) -> None:
+        """These ranks are to get nothing new in this epoch; [] takes it back."""
+        with self._lock:
+            self.leaving = ranks
+            self._publish_due = True
+
+    def send_view(self, view: wire.View) -> None:
+        """Publishes something else than the present state: an older view, say."""
+        with self._lock:
+            self._publisher.send(wire.encode(view))
 
     def publish(self) -> None:
         with self._lock:
@@ -121,6 +135,7 @@ class ScriptedGroup:
         with self._lock:
             self._router.close(linger=0)
             self._publisher.close(linger=0)
+            self.views = 0
             self._open_coordinator()
 
     async def locate(self) -> tuple[str, str]:
@@ -167,7 +182,11 @@ class ScriptedGroup:
             time.sleep(0.0005)
 
     def view(self) -> wire.View:
-        return wire.View(self.epoch, list(self.members), self.wave, not self.paused, list(self.loads.values()))
+        self.views += 1
+        loads = list(self.loads.values())
+        return wire.View(
+            self.epoch, list(self.members), self.wave, not self.paused, loads, list(self.leaving), number=self.views
+        )
 
     def _hear_coordinator(self) -> None:
         for identity, frame in _frames(self._router):

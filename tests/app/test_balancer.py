@@ -9,9 +9,9 @@ from actors.wire import Load, View
 from app.balancer import SCAN_LIMIT, Balancer, UnknownRank
 
 
-def view(epoch, ranks, loads=(), where="a"):
+def view(epoch, ranks, loads=(), where="a", leaving=()):
     members = [Member(rank, f"tcp://{where}:{rank}", "node") for rank in ranks]
-    return View(epoch, members, 1, True, list(loads))
+    return View(epoch, members, 1, True, list(loads), list(leaving))
 
 
 def load(rank, waiting=0, running=0, step=1, wave=1):
@@ -70,6 +70,27 @@ def test_only_offered_ranks_are_chosen():
     assert it.assign("a") == 1 and it.assign("b") == 1
     it.withhold(1)
     assert it.assign("c") is None
+
+
+def test_a_leaving_rank_gets_nothing_new_not_even_when_named_and_keeps_what_it_has():
+    it = balancer([0, 1], loads=[load(0, waiting=9), load(1)])
+    assert it.assign("a") == 1
+    it.observe(view(1, [0, 1], leaving=[1]))
+    it.offer(1)  # its echoes go on
+    assert it.leaving == (1,)
+    assert it.assign("b") == 0 and it.assign("c", rank=1) == 0
+    it.observe(view(1, [0, 1]))  # rolled back
+    it.ended("b")
+    it.ended("c")
+    assert it.assign("d") == 1 and it.assign("e", rank=1) == 1
+
+
+def test_when_all_ranks_are_leaving_requests_wait_for_the_next_epoch():
+    it = balancer([0, 1])
+    it.observe(view(1, [0, 1], leaving=[0, 1]))
+    assert it.assign("a") is None and it.assign("a", rank=0) is None
+    it.observe(view(2, [0, 2]))
+    assert it.leaving == () and it.assign("a") == 0
 
 
 def test_a_late_view_does_not_revive_a_rank_that_left():

@@ -250,6 +250,175 @@ def test_a_request_that_named_a_rank_goes_on_elsewhere_when_that_rank_leaves():
     run(scenario)
 
 
+def test_a_leaving_rank_finishes_what_it_runs_and_gets_nothing_new():
+    async def scenario(group):
+        async with connected(group) as client:
+            running = asyncio.create_task(collect(client, "old", max_tokens=300, rank=1))
+            await until(lambda: client.running)
+            group.leave([1])
+            await until(lambda: client.leaving == (1,))
+            named = collect(client, "named", rank=1)
+            results = await asyncio.gather(named, *(collect(client, f"new {i}") for i in range(5)))
+            assert results == [(expected(20), "length")] * 6
+            assert [submit.request_id for submit in group.engines[1].submits] == ["old"]
+            assert await running == (expected(300), "length")
+            assert not client.replayed
+
+    run(scenario)
+
+
+def test_a_shrink_moves_what_is_left_after_the_drain_and_counts_it():
+    async def scenario(group):
+        async with connected(group) as client:
+            tasks = [asyncio.create_task(collect(client, str(i), max_tokens=300)) for i in range(4)]
+            await until(lambda: client.running == 4)
+            group.leave([1])
+            await until(lambda: client.leaving)
+            group.engines[1].held = True
+            group.change([0])
+            assert await asyncio.gather(*tasks) == [(expected(300), "length")] * 4
+            assert client.replayed == {"rank_left": 2} and client.leaving == ()
+
+    run(scenario)
+
+
+def test_requests_wait_while_no_rank_takes_anything_and_go_on_when_a_scaling_is_rolled_back():
+    async def scenario(group):
+        async with connected(group) as client:
+            group.leave([0])
+            await until(lambda: client.leaving)
+            task = asyncio.create_task(collect(client))
+            await until(lambda: client.waiting)
+            group.leave([])
+            assert await task == (expected(20), "length")
+
+    run(scenario, ranks=1)
+
+
+def test_a_view_that_another_overtook_changes_nothing():
+    """Answers to look-ups and publications come over two sockets: in an epoch, too, the newest counts."""
+
+    async def scenario(group):
+        async with connected(group) as client:
+            with group._lock:
+                before = group.view()
+            group.leave([1])
+            await until(lambda: client.leaving == (1,))
+            number = client.view.number
+            group.send_view(before)
+            group.publish()
+            await until(lambda: client.view.number > number + 1)
+            assert client.leaving == (1,)
+            await asyncio.gather(*(collect(client, str(i)) for i in range(4)))
+            assert not group.engines[1].submits
+
+    run(scenario)
+
+
+def test_a_removed_rank_is_not_revived_by_a_late_view_of_its_epoch():
+    async def scenario(group):
+        async with connected(group) as client:
+            with group._lock:
+                before = group.view()
+            group.change([0])
+            await until(lambda: client.epoch == 2)
+            before.number = 10**6
+            group.send_view(before)
+            await asyncio.gather(*(collect(client, str(i)) for i in range(4)))
+            assert (client.epoch, set(client._links)) == (2, {0}) and not group.engines[1].submits
+
+    run(scenario)
+
+
+def test_what_a_rank_finished_before_it_left_is_neither_lost_nor_made_again():
+    """The news that a rank left, and its last outputs, arrive together: the client hears of the new epoch first."""
+
+    async def scenario(group):
+        async with connected(group) as client:
+            group.engines[1].held = True
+            task = asyncio.create_task(collect(client, max_tokens=20, rank=1))
+            await until(lambda: group.engines[1].running)
+            link = client._links[1]
+            asyncio.get_running_loop().remove_reader(link._connection._socket.fileno())  # outputs stay on the way
+            group.engines[1].held = False
+            await until(lambda: not group.engines[1].running)
+            await asyncio.sleep(0.02)  # for the last frame to be in this side's queue
+            group.change([0])
+            assert await task == (expected(20), "length")
+
+    run(scenario)
+
+
+def test_an_abort_finds_its_request_where_it_has_moved_to():
+    async def scenario(group):
+        async with connected(group) as client:
+            task = asyncio.create_task(collect(client, max_tokens=100_000, rank=1))
+            await until(lambda: client.running)
+            group.change([0])
+            await until(lambda: group.engines[0].running)
+            task.cancel()
+            await until(lambda: not group.engines[0].running)
+            assert "r~1" in group.engines[0].aborted
+
+    run(scenario)
+
+
+def test_a_request_cancelled_while_it_has_no_rank_is_never_submitted_again():
+    async def scenario(group):
+        async with connected(group) as client:
+            task = asyncio.create_task(collect(client, max_tokens=100_000, rank=1))
+            await until(lambda: client.running)
+            group.engines[0].deaf = True
+            client._balancer.withhold(0)
+            group.change([0])
+            await until(lambda: client.epoch == 2)
+            task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await task
+            await until(lambda: "r" in group.engines[1].aborted)
+            group.engines[0].deaf = False
+            assert await collect(client, "next") == (expected(20), "length")
+            assert [submit.request_id for submit in group.engines[0].submits] == ["next"]
+            assert (client.waiting, client.running) == (0, 0)
+
+    run(scenario)
+
+
+def test_a_long_running_request_that_loses_its_rank_has_all_its_patience_left():
+    async def scenario(group):
+        limits = Limits(max_model_len=1000, start_timeout_s=0.4)
+        async with connected(group, limits=limits) as client:
+            task = asyncio.create_task(collect(client, max_tokens=900))
+            await until(lambda: client.running)
+            await asyncio.sleep(0.5)  # it runs for longer than a request may wait for a rank
+            group.engines[0].held = True
+            client._balancer.withhold(1)
+            group.engines[1].deaf = True
+            client._links[1].attached = False
+            group.change([1])
+            await until(lambda: client.epoch == 2)
+            client._give_up_waiting()
+            group.engines[1].deaf = False
+            assert await task == (expected(900), "length")
+
+    run(scenario, step_s=0.002)
+
+
+def test_an_output_of_a_newer_epoch_makes_the_client_ask_for_it():
+    async def scenario(group):
+        async with connected(group) as client:
+            task = asyncio.create_task(collect(client, max_tokens=300))
+            await until(lambda: client.running)
+            client._coordinator.tick = lambda: None  # no look-up of its own accord
+            with group._lock:
+                group.change([0])
+                group._publish_due = False  # and the publication is lost
+            await until(lambda: client.epoch == 2)
+            assert await task == (expected(300), "length")
+
+    run(scenario, ranks=1)
+
+
 def test_a_joining_rank_is_offered_requests_once_it_answers():
     async def scenario(group):
         async with connected(group) as client:
@@ -343,7 +512,6 @@ def test_a_submit_to_a_paused_group_tells_the_coordinator():
             submit = group.submits[-1]
             rank = next(rank for rank, engine in group.engines.items() if submit in engine.submits)
             assert group.first_requests == [wire.FirstRequest(epoch=1, rank=rank, wave=2)]
-            assert submit.wave == 2
             assert client.wave == (2, True)
 
     run(scenario)
