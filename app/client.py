@@ -243,14 +243,8 @@ class Client:
             self._place(flight, call)
 
     def _replay(self, flight: Flight, call: Call, reason: str, min_epoch: int = 0) -> None:
-        """Gives up the flight's attempt, to be continued elsewhere, in ``min_epoch`` or later.
-
-        The patience of ``start_timeout_s`` starts anew, as a rank had been reached; but not when all that the rank said
-        is that it stands in another epoch, which must not go on for ever.
-        """
+        """Gives up the flight's attempt, to be continued elsewhere, in ``min_epoch`` or later."""
         self.replayed[reason] += 1
-        if reason != "stale_epoch":
-            flight.waiting_since = self._loop.time()
         self._forget(flight)
         flight.next_attempt()
         flight.min_epoch = min_epoch
@@ -402,8 +396,9 @@ class Client:
         self._give_up_waiting()
 
     def _give_up_waiting(self) -> None:
+        """Ends requests that no rank took in time; one that a rank had taken waits until its own deadline."""
         now = self._loop.time()
         for flight, call in [self._flights[wire_id] for wire_id in self._unplaced]:
-            if now - flight.waiting_since > self.limits.start_timeout_s and not flight.attempts:
+            if now - flight.admitted_at > self.limits.start_timeout_s and not flight.attempts:
                 waited = f"The request waited {self.limits.start_timeout_s:g} s for a rank."
                 call.fail(Unavailable(f"{waited} {self.trouble or ''}".rstrip()))

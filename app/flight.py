@@ -37,6 +37,7 @@ class Flight:
     __slots__ = (
         "_notify",
         "_pending",
+        "admitted_at",
         "answered",
         "attempts",
         "generation",
@@ -45,14 +46,13 @@ class Flight:
         "rank",
         "seen",
         "tokens",
-        "waiting_since",
         "wire_id",
     )
 
     def __init__(self, generation: Generation, index: int, admitted_at: float, notify: Callable[[Flight], None]):
         self.generation = generation
         self.index = index
-        self.waiting_since = admitted_at  # or since it lost the rank that had taken it
+        self.admitted_at = admitted_at
         self.tokens: list[int] = []
         self.answered = False  # an output of the present attempt came
         self.seen = False  # an output of any attempt came
