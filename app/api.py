@@ -17,9 +17,11 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from app.chat import chat
 from app.client import Client
 from app.completions import complete
+from app.control import AdminKey, add_control
 from app.errors import BodyTooLarge, InvalidRequest, MalformedRequest, NotFound, ServingError, Unavailable
 from app.limits import Limits
 from app.metrics import Metrics
+from app.operations import Operations
 from app.protocol import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
 from app.responses import Json, Model, Models
 from app.run import Service
@@ -31,6 +33,7 @@ VALUE_ERRORS = (
     "greater_than",
     "less_than",
     "finite_number",
+    "string_pattern_mismatch",
     "string_too_short",
     "too_short",
     "too_long",
@@ -45,20 +48,25 @@ def build_api(
     limits: Limits,
     model: str,
     status: Callable[[], str | None] | None = None,
+    operations: Operations | None = None,
+    admin_key: AdminKey | None = None,
 ) -> FastAPI:
     """The application that serves ``model`` through ``client`` (started by the caller, on the loop that serves).
 
     ``status()`` returns None while all is well, else the reason that ``/health`` reports with 503; by default it is
-    the client's own ``trouble``.
+    the client's own ``trouble``. With ``operations`` the group can be resized, by those who know the ``admin_key``
+    if there is one.
     """
-    service = Service(client, tokenizer, limits, model, Metrics(client))
+    service = Service(client, tokenizer, limits, model, Metrics(client, operations))
     trouble = status or (lambda: client.trouble)
     app = FastAPI(title="Accordion", version=_version())
     app.add_middleware(_BodyLimit, max_bytes=limits.max_body_bytes)
     _add_errors(app, service.metrics)
     _add_openai(app, service)
     _add_tokens(app, service)
-    _add_operations(app, service, trouble)
+    _add_state(app, service, trouble)
+    if operations is not None:
+        add_control(app, operations, admin_key)
     return app
 
 
@@ -106,7 +114,7 @@ def _add_tokens(app: FastAPI, service: Service) -> None:
         return Json({"prompt": tokenizer.decode(body.tokens, skip_special_tokens=False)})
 
 
-def _add_operations(app: FastAPI, service: Service, trouble: Callable[[], str | None]) -> None:
+def _add_state(app: FastAPI, service: Service, trouble: Callable[[], str | None]) -> None:
     client = service.client
 
     @app.get("/health")
@@ -137,6 +145,7 @@ def _add_operations(app: FastAPI, service: Service, trouble: Callable[[], str | 
                 "wave": wave,
                 "group_running": running,
                 "missing": client.missing,
+                "leaving": client.leaving,
                 "ranks": ranks,
             }
         )

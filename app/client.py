@@ -39,6 +39,8 @@ from app.links import Configure, CoordinatorLink, EngineLink, Locate
 log = logging.getLogger(__name__)
 
 RETRY_S = 0.05
+# Why an attempt is given up: its rank left, refused it as of another epoch or for a full queue, or lost outputs.
+REPLAY_REASONS = ("rank_left", "stale_epoch", "overloaded", "tokens_missing")
 
 
 class Client:

@@ -25,7 +25,11 @@ Seconds = Annotated[float, Field(gt=0)]
 
 
 class HttpConfig(BaseModel):
-    """Bounds a client of the HTTP API can't cross."""
+    """Bounds a client of the HTTP API can't cross, and who may operate the group through it.
+
+    The admin key itself is no setting: Serve stores the arguments of an application and shows them in its REST API, in
+    ``serve status`` and in the dashboard. They name a file instead (a mounted secret), which front-ends read.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -41,6 +45,11 @@ class HttpConfig(BaseModel):
     max_logit_bias: Positive = Field(1024, description="Most entries of `logit_bias`.")
     request_timeout_s: Seconds = Field(600.0, description="Deadline of a request; later it ends with 408.")
     start_timeout_s: Seconds = Field(60.0, description="Longest wait for a rank that can be reached; then 503.")
+    admin_key_file: str | None = Field(
+        None,
+        description="File with the key that endpoints which change the group ask for, on the front-ends' nodes; unset: "
+        "they are open.",
+    )
 
 
 class AppConfig(BaseModel):
@@ -233,7 +242,7 @@ class AppConfig(BaseModel):
         )
 
     def limits(self) -> Limits:
-        return Limits(max_model_len=self.context_length, **self.http.model_dump())
+        return Limits(max_model_len=self.context_length, **self.http.model_dump(exclude={"admin_key_file"}))
 
 
 def check_size(size: int, smallest: int, largest: int | None) -> None:
@@ -271,7 +280,11 @@ def complaints(error: ValidationError) -> str:
     lines = []
     for item in error.errors():
         field = ".".join(map(str, item["loc"]))
-        if item["type"] == "extra_forbidden":
+        if field.endswith("admin_key"):
+            lines.append(
+                f"  {field}: settings show in the dashboard; write the key to a file, named in http.admin_key_file"
+            )
+        elif item["type"] == "extra_forbidden":
             lines.append(f"  {field}={item['input']!r}: no such setting; README.md lists them all")
         elif field:
             lines.append(f"  {field}={item['input']!r}: {item['msg']}")

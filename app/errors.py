@@ -4,11 +4,14 @@ Status codes, once for the whole API:
 
 * 400: the body is not JSON, or a value is out of range, unknown, unsupported or too long for the context;
 * 422: the body is JSON, but a field is missing or has the wrong type;
-* 404 unknown model or path, 408 deadline, 413 body too large, 429 queue full (with ``Retry-After``), 499 the client
-  went away, 500 the model raised, 503 the group is starting or lost.
+* 401 no or a wrong admin key, 404 unknown model or path, 408 deadline, 409 another operation runs, 413 body too
+  large, 429 queue full (with ``Retry-After``), 499 the client went away, 500 the model raised, 503 the group is
+  starting or lost, or an operation was rolled back.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 
 class ServingError(Exception):
@@ -24,7 +27,7 @@ class ServingError(Exception):
         self.param = param
         self.code = code or type(self).code
 
-    def body(self) -> dict[str, dict[str, str | None]]:
+    def body(self) -> dict[str, Any]:
         """OpenAI's form: ``{"error": {"message", "type", "param", "code"}}``."""
         return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
 
@@ -43,6 +46,16 @@ class MalformedRequest(ServingError):
     type = "invalid_request_error"
 
 
+class Unauthorized(ServingError):
+    status = 401
+    type = "invalid_request_error"
+    code = "invalid_api_key"
+
+    @property
+    def headers(self) -> dict[str, str]:
+        return {"WWW-Authenticate": "Bearer"}
+
+
 class NotFound(ServingError):
     status = 404
     type = "invalid_request_error"
@@ -52,6 +65,14 @@ class DeadlineExceeded(ServingError):
     status = 408
     type = "timeout_error"
     code = "timeout"
+
+
+class Conflict(ServingError):
+    """Another operation is under way; the message names it."""
+
+    status = 409
+    type = "conflict_error"
+    code = "operation_running"
 
 
 class BodyTooLarge(ServingError):
@@ -88,6 +109,19 @@ class Unavailable(ServingError):
     status = 503
     type = "service_unavailable_error"
     code = "unavailable"
+
+
+class ScalingFailed(Unavailable):
+    """An operation was rolled back, and the old group serves on; ``operation`` is its last state, also in the body."""
+
+    code = "scaling_failed"
+
+    def __init__(self, message: str, operation: dict[str, Any] | None = None) -> None:
+        super().__init__(message)
+        self.operation = operation
+
+    def body(self) -> dict[str, Any]:
+        return super().body() | {"operation": self.operation}
 
 
 class EngineDeadError(Unavailable):

@@ -16,6 +16,7 @@ from scripted_engine import ScriptedGroup
 from app.api import build_api
 from app.client import Client
 from app.limits import Limits
+from app.operations import Operations
 from app.tokenizer import Tokenizer
 
 MODEL = "tiny"
@@ -57,16 +58,25 @@ class Server:
 
 
 @contextlib.contextmanager
-def serving(group: ScriptedGroup, limits: Limits | None = None, status=None, wait: bool = True, **client_options):
+def serving(
+    group: ScriptedGroup,
+    limits: Limits | None = None,
+    status=None,
+    wait: bool = True,
+    manager=None,
+    admin_key=None,
+    **client_options,
+):
     """Serves ``group`` until left; by default only begins when the client is ready."""
     limits = limits or Limits(max_model_len=1000)
+    operations = Operations(manager) if manager is not None else None
     started = threading.Event()
     box = {}
 
     async def serve():
         client = Client(group.locate, limits, offset=0, beat_s=0.05, **client_options)
         await client.start()
-        app = build_api(client, tokenizer(), limits, MODEL, status)
+        app = build_api(client, tokenizer(), limits, MODEL, status, operations, admin_key)
         server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error", lifespan="off"))
         task = asyncio.create_task(server.serve())
         while not server.started or (wait and not client.ready):
