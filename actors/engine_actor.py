@@ -2,8 +2,8 @@
 
 Everything here is control; requests and tokens never pass through actor calls. Three kinds of method, each in a
 concurrency group of its own, so that a long one never delays another: ``load`` (making the model ready), ``wait``
-(death and failure notices) and ``control`` (everything short). torch is imported by ``load``, so that the process
-answers ``hello`` at once.
+(all that waits for others: death notices, the next epoch) and ``control`` (everything short). torch is imported by
+``inspect``, so that the process answers ``hello`` at once.
 """
 
 from __future__ import annotations
@@ -13,15 +13,19 @@ import os
 import sys
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import ray
 
 from actors.engine.config import EngineConfig
+from actors.engine.experts.map import ExpertMap
+from actors.engine.experts.planner import Shape
 from actors.handshake import Hello, Ready
 from actors.membership import NO_EPOCH, Epoch
+from actors.priority import Priority
+from actors.settings import Memo
 from actors.sockets import Keys
 from placement import groups
 
@@ -30,15 +34,17 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-CONCURRENCY = {"load": 1, "wait": 4, "control": 4}
+CONCURRENCY = {"load": 1, "wait": 8, "control": 4}
 
 
 @dataclass(frozen=True)
 class Description:
-    """What a manager that finds this engine needs to adopt it."""
+    """What a manager that finds this engine needs to adopt it; ``memo`` is what its predecessor gave to ``renew``."""
 
     rank: int
     epoch: Epoch
+    expert_map: ExpertMap | None
+    memo: Memo
     hello: Hello
     ready: Ready | None
     keys: Keys
@@ -46,10 +52,24 @@ class Description:
 
 
 class EngineActor:
-    """One DP rank. ``lease_s`` seconds after the last ``renew`` it removes all groups of ``owner`` and ends itself."""
+    """One DP rank. ``lease_s`` seconds after the last ``renew`` it removes all groups of ``owner`` and ends itself.
 
-    def __init__(self, group: groups.RankGroup, owner: str, config: EngineConfig, keys: Keys, lease_s: float) -> None:
+    With ``meekly`` it loads at a lower priority than others compute with, since it joins a group that serves.
+    """
+
+    def __init__(
+        self,
+        group: groups.RankGroup,
+        owner: str,
+        config: EngineConfig,
+        keys: Keys,
+        lease_s: float,
+        meekly: bool = False,
+    ) -> None:
         rank = group.rank
+        self._priority = Priority()
+        if meekly:
+            self._priority.lower()
         logging.basicConfig(level=logging.INFO, format=f"%(levelname)s dp_rank_{rank}: %(message)s", force=True)
         self._rank = rank
         self._group = group
@@ -62,7 +82,7 @@ class EngineActor:
         # One thread for all of torch: OpenMP keeps a pool of workers for each thread that ever computed, and lets the
         # workers sleep at every barrier when there are more of them than cores.
         self._thread = ThreadPoolExecutor(1, "engine")
-        self._epoch = NO_EPOCH
+        self._memo = Memo()
         self._ended = threading.Event()
         self._cause = ""
         self._lease_until = time.monotonic() + lease_s
@@ -94,17 +114,28 @@ class EngineActor:
         return self._doing
 
     @ray.method(concurrency_group="load")
-    def load(self, index: int, size: int) -> Ready:
-        """Reads this rank's weights as member ``index`` of ``size``, allocates its KV cache, binds its sockets."""
-        started = time.monotonic()
+    def inspect(self) -> Shape:
+        """The model's MoE layers and experts, and the slots that a rank has for them. Reads no weights."""
         self._report("importing torch and transformers")
+        from actors.engine.model import summarize
+
+        self._report("reading the model's configuration")
+        summary = self._thread.submit(summarize, self._config.model).result()
+        slots = self._config.expert_slots or -(-summary.num_experts // self._config.min_data_parallel_size)
+        return Shape(summary.num_moe_layers, summary.num_experts, slots)
+
+    @ray.method(concurrency_group="load")
+    def load(self, index: int, expert_map: ExpertMap) -> Ready:
+        """Reads the weights of member ``index`` by ``expert_map``, allocates the KV cache, binds the sockets."""
+        started = time.monotonic()
         from actors.engine.core import EngineCore
 
         ip = ray.util.get_node_ip_address()
         building = self._thread.submit(
-            EngineCore.build, self._rank, index, size, self._config, ip, self._keys, self._report
+            EngineCore.build, self._rank, index, expert_map, self._config, ip, self._keys, self._report
         )
         self._core = building.result()
+        self._priority.restore()
         self._ready = Ready(
             rank=self._rank,
             address=self._core.mailbox.address,
@@ -116,24 +147,61 @@ class EngineActor:
         self._report("ready")
         return self._ready
 
+    @ray.method(concurrency_group="load")
+    def connect_coordinator(self, address: str) -> None:
+        """Connects a rank that does not serve yet."""
+        self._loaded().mailbox.connect_coordinator(address)
+
+    # --- the next epoch --------------------------------------------------------------------------------------------
+
     @ray.method(concurrency_group="control")
     def open_store(self) -> str:
-        """Hosts the rendezvous of a new epoch's process group; returns ``ip:port``."""
+        """Hosts the rendezvous of the next epoch's exchange; returns ``ip:port``. The former one's ends."""
         from torch.distributed import TCPStore
 
         ip = ray.util.get_node_ip_address()
-        # Bound before anybody is told of it, on a port the kernel chose. It lives as long as the epoch's first member.
+        # Bound before anybody is told of it, on a port the kernel chose.
         self._store = TCPStore(ip, 0, is_master=True, wait_for_workers=False)
         return f"{ip}:{self._store.port}"
 
-    @ray.method(concurrency_group="load")
-    def join(self, epoch: Epoch, store: str, coordinator: str) -> None:
-        """Joins ``epoch``'s process group through ``store`` and starts serving."""
+    @ray.method(concurrency_group="wait")
+    def prepare(self, epoch: Epoch, expert_map: ExpertMap, store: str) -> None:
+        """See ``EngineCore.prepare``: connects the exchange of the epoch that comes next, while this one goes on."""
+        self._loaded().prepare(epoch, expert_map, store)
+
+    @ray.method(concurrency_group="wait")
+    def prefetch(self, timeout_s: float) -> int:
+        """Reads the experts that the prepared epoch wants here; how many. Raises TimeoutError after ``timeout_s``."""
+        loaded: Future[int] = Future()
+        self._loaded().prefetch(loaded.set_result)
+        return loaded.result(timeout_s)
+
+    @ray.method(concurrency_group="wait")
+    def arm(self, epoch: int, timeout_s: float) -> float:
+        """Votes for the prepared ``epoch`` (a joiner begins it); after the switch, the seconds this rank stood still.
+
+        Raises TimeoutError when there was none within ``timeout_s``.
+        """
         core = self._loaded()
-        core.mailbox.connect_coordinator(coordinator)
-        self._thread.submit(core.join, epoch, store).result()
-        self._epoch = epoch
-        self._thread.submit(self._run)
+        switched: Future[float] = Future()
+        if core.epoch == NO_EPOCH:
+            self._thread.submit(self._run, epoch, switched)
+        else:
+            core.arm(epoch, switched.set_result)
+        return switched.result(timeout_s)
+
+    @ray.method(concurrency_group="wait")
+    def disarm(self, epoch: int) -> int:
+        """Votes for ``epoch`` no more, and drops what was prepared; the number of the epoch this rank is in then."""
+        core = self._loaded()
+        self._disarm(core, epoch)
+        return core.epoch.number
+
+    @staticmethod
+    def _disarm(core: EngineCore, epoch: int) -> None:
+        withdrawn: Future[None] = Future()
+        core.disarm(epoch, lambda: withdrawn.set_result(None))
+        withdrawn.result()
 
     def _report(self, doing: str) -> None:
         self._doing = doing
@@ -146,9 +214,12 @@ class EngineActor:
 
     # --- serving ---------------------------------------------------------------------------------------------------
 
-    def _run(self) -> None:
+    def _run(self, epoch: int, entered: Future[float]) -> None:
         try:
-            self._loaded().run()
+            core = self._loaded()
+            core.enter(epoch)
+            entered.set_result(0.0)
+            core.run()
             self._cause = "stopped"
         except Exception as error:
             logger.exception("the engine's loop ended")
@@ -161,21 +232,28 @@ class EngineActor:
         return self._cause if self._ended.wait(timeout_s) else None
 
     @ray.method(concurrency_group="control")
-    def connect_coordinator(self, address: str) -> None:
+    def follow_coordinator(self, address: str) -> None:
         """Moves to a coordinator that replaced the former one, and tells it where this rank stands."""
         core = self._loaded()
         core.mailbox.post(lambda: core.announce_to(address))
 
     @ray.method(concurrency_group="control")
-    def renew(self, lease_s: float) -> None:
-        """Extends the lease: it runs out ``lease_s`` from now."""
+    def renew(self, lease_s: float, memo: Memo) -> None:
+        """Extends the lease: it runs out ``lease_s`` from now. ``memo`` is kept for the manager's successor."""
         self._lease_until = time.monotonic() + lease_s
+        self._memo = memo
 
-    @ray.method(concurrency_group="control")
+    @ray.method(concurrency_group="wait")
     def describe(self) -> Description:
+        """Where this rank stands, for a manager that finds it. What its predecessor had prepared is dropped first."""
+        core = self._core
+        if core is not None and core.epoch != NO_EPOCH:
+            self._disarm(core, core.epoch.number + 1)
         return Description(
             rank=self._rank,
-            epoch=self._epoch,
+            epoch=NO_EPOCH if core is None else core.epoch,
+            expert_map=None if core is None else core.expert_map,
+            memo=self._memo,
             hello=self._hello(),
             ready=self._ready,
             keys=self._keys,
@@ -183,10 +261,16 @@ class EngineActor:
         )
 
     @ray.method(concurrency_group="control")
+    def chosen(self) -> list[list[int]]:
+        """How often this rank's tokens chose each expert of each MoE layer, since its start."""
+        return self._loaded().chosen()
+
+    @ray.method(concurrency_group="control")
     def status(self) -> dict[str, object]:
         """The engine's counters, for people and tests."""
-        return {"rank": self._rank, "epoch": self._epoch.number, "doing": self._doing} | (
-            self._core.status() if self._core is not None else {}
+        core = self._core
+        return {"rank": self._rank, "doing": self._doing} | (
+            {"epoch": core.epoch.number} | core.status() if core is not None else {"epoch": 0}
         )
 
     # --- the end ---------------------------------------------------------------------------------------------------

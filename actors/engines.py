@@ -17,7 +17,7 @@ from actors import engine_actor
 from actors.engine_actor import EngineActor
 from actors.handshake import HandshakeError, Ready
 from actors.membership import Member
-from actors.settings import GroupSettings
+from actors.settings import GroupSettings, Memo
 from actors.sockets import Keys
 from placement.groups import PlacementError, RankGroup
 
@@ -35,13 +35,30 @@ class GroupError(RuntimeError):
 
 @dataclass
 class Engine:
-    """One rank. ``watch`` waits for its end."""
+    """One rank. ``watch`` waits for its end, and gives the cause; ``guarded``: somebody acts on that."""
 
     rank: int
     handle: ActorHandle
     group: RankGroup
     ready: Ready | None = None
-    watch: asyncio.Task[None] | None = None
+    watch: asyncio.Task[str] | None = None
+    guarded: bool = False
+
+    @property
+    def member(self) -> Member:
+        """The rank as others reach it, once it is ready."""
+        assert self.ready is not None
+        return Member(self.rank, self.ready.address, self.group.node_id)
+
+    async def ended(self) -> str:
+        """Waits for the end of the engine, and gives its cause."""
+        try:
+            cause: str | None = None
+            while cause is None:
+                cause = await self.handle.wait.remote(30.0)
+            return cause
+        except RayError as error:
+            return root_cause(error)
 
 
 class EngineSet:
@@ -61,24 +78,17 @@ class EngineSet:
     def of(self, rank: int) -> Engine:
         return self._engines[rank]
 
-    def members(self) -> tuple[Member, ...]:
-        """The epoch's members; all engines must be ready."""
-        members = []
-        for engine in self:
-            assert engine.ready is not None
-            members.append(Member(engine.rank, engine.ready.address, engine.group.node_id))
-        return tuple(members)
-
-    def launch(self, groups: Sequence[RankGroup], keys: Keys) -> None:
-        """Starts an engine in each group; returns at once."""
-        for group in groups:
-            self.adopt([Engine(group.rank, self._launch(group, keys), group)])
+    def launch(self, groups: Sequence[RankGroup], keys: Keys, meekly: bool) -> list[Engine]:
+        """Starts an engine in each group; returns at once. ``meekly``: beside a group that serves."""
+        launched = [Engine(group.rank, self._launch(group, keys, meekly), group) for group in groups]
+        self.adopt(launched)
+        return launched
 
     def adopt(self, engines: Iterable[Engine]) -> None:
         self._engines.update((engine.rank, engine) for engine in engines)
         self._engines = dict(sorted(self._engines.items()))
 
-    def _launch(self, group: RankGroup, keys: Keys) -> ActorHandle:
+    def _launch(self, group: RankGroup, keys: Keys, meekly: bool) -> ActorHandle:
         settings = self._settings
         environment = {name: value for name, value in os.environ.items() if name.startswith(settings.env_prefixes)}
         environment["OMP_NUM_THREADS"] = str(settings.engine.threads)
@@ -96,45 +106,47 @@ class EngineSet:
                 group.placement_group, placement_group_bundle_index=group.control_bundle
             ),
             runtime_env={"env_vars": environment},
-        ).remote(group, self._namespace, settings.engine, keys, settings.lease_s)
+        ).remote(group, self._namespace, settings.engine, keys, settings.lease_s, meekly)
         return handle
 
-    async def each(self, call: Callable[[Engine], Awaitable[Any]], doing: str) -> AsyncIterator[Any]:
-        """Calls every engine at once and yields the answers as they come.
-
-        Raises GroupError at the first failure, naming the rank and what it was ``doing``.
-        """
-
-        async def one(engine: Engine) -> Any:
-            try:
-                return await call(engine)
-            except Exception as error:
-                raise GroupError(f"dp_rank_{engine.rank} failed while {doing}: {root_cause(error)}") from error
-
-        tasks = [asyncio.create_task(one(engine)) for engine in self]
-        try:
-            for next_done in asyncio.as_completed(tasks):
-                yield await next_done
-        finally:
-            for task in tasks:
-                task.cancel()
-
-    async def all(self, call: Callable[[Engine], Awaitable[Any]], doing: str) -> list[Any]:
-        """The answers of all engines; see ``each``."""
-        return [answer async for answer in self.each(call, doing)]
-
-    def renew(self) -> None:
+    def renew(self, memo: Memo) -> None:
         """Extends every engine's lease, without waiting."""
         for engine in self:
-            engine.handle.renew.remote(self._settings.lease_s)
+            engine.handle.renew.remote(self._settings.lease_s, memo)
 
-    async def end(self) -> None:
-        """Ends all engines, and forgets them."""
-        engines, self._engines = list(self), {}
+    async def end(self, engines: Sequence[Engine]) -> None:
+        """Ends these engines, and forgets them."""
         for engine in engines:
+            self._engines.pop(engine.rank, None)
             if engine.watch is not None:
                 engine.watch.cancel()
         await asyncio.gather(*(_end(engine.handle) for engine in engines))
+
+
+async def each(engines: Iterable[Engine], call: Callable[[Engine], Awaitable[Any]], doing: str) -> AsyncIterator[Any]:
+    """Calls these engines at once and yields the answers as they come.
+
+    Raises GroupError at the first failure, naming the rank and what it was ``doing``.
+    """
+
+    async def one(engine: Engine) -> Any:
+        try:
+            return await call(engine)
+        except Exception as error:
+            raise GroupError(f"dp_rank_{engine.rank} failed while {doing}: {root_cause(error)}") from error
+
+    tasks = [asyncio.create_task(one(engine)) for engine in engines]
+    try:
+        for next_done in asyncio.as_completed(tasks):
+            yield await next_done
+    finally:
+        for task in tasks:
+            task.cancel()
+
+
+async def all_of(engines: Iterable[Engine], call: Callable[[Engine], Awaitable[Any]], doing: str) -> list[Any]:
+    """The answers of these engines, in any order; see ``each``."""
+    return [answer async for answer in each(engines, call, doing)]
 
 
 async def _end(handle: ActorHandle) -> None:

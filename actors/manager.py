@@ -1,8 +1,9 @@
-"""The actor manager: makes the expert-parallel group, keeps its lease, and takes it down.
+"""The actor manager: makes the expert-parallel group, resizes it, keeps its lease, and takes it down.
 
 A Serve deployment-scoped actor: Serve starts it, checks its health, recreates it and ends it with the application. What
 it makes (placement groups, engine actors) is detached and leased, so that a recreated manager finds the running group
-and adopts it, and nothing outlives an application that is gone by more than the lease.
+and adopts it, and nothing outlives an application that is gone by more than the lease. Whatever changes the group, the
+first start included, is a transition (``transition.py``, carried out by ``change.py``), one at a time.
 """
 
 from __future__ import annotations
@@ -10,30 +11,36 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from dataclasses import dataclass, field
+import uuid
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import msgspec
+import numpy as np
 import ray
 from ray.actor import ActorHandle
 from ray.exceptions import RayError
 
+from actors.change import Change, Resources
+from actors.coordination import Coordination
 from actors.engine_actor import Description
-from actors.engines import Engine, EngineSet, GroupError, root_cause
-from actors.handshake import Handshake, Hello
-from actors.membership import NO_EPOCH, Epoch
-from actors.settings import GroupSettings
+from actors.engines import Engine, EngineSet, GroupError
+from actors.expert_load import LoadWindow, imbalance
+from actors.group import Group
+from actors.settings import GroupSettings, Memo
 from actors.siblings import Siblings
 from actors.sockets import Keys
-from placement import groups, planner, snapshot
+from actors.transition import Operation
+from placement import groups
 
 logger = logging.getLogger(__name__)
 
-PROGRESS_S = 2.0
 # A rank that ends takes its peers' collectives with it: wait this long for the first cause to show among the others.
 ROOT_CAUSE_S = 0.5
 # A group that breaks more than ``max_restarts`` times within this is given up.
 RESTART_WINDOW_S = 600.0
+# Ended operations that are remembered, so that who asks again learns how they ended.
+HISTORY = 64
 
 
 @dataclass(frozen=True)
@@ -46,17 +53,20 @@ class Contact:
 
 
 @dataclass
-class Group:
-    """The state front-ends watch. ``version`` grows with each change; ``phase`` is one of ``idle``, ``placing``,
-    ``launching``, ``loading``, ``joining``, ``serving``, ``restarting`` (a rank ended), and, with ``cause``, ``failed``
-    (it could not be made) and ``lost`` (it broke too often)."""
+class Totals:
+    """Of all operations since this manager began; ``pause_s_max`` in seconds."""
 
-    phase: str = "idle"
-    cause: str = ""
-    detail: str = ""
-    version: int = 0
-    epoch: Epoch = NO_EPOCH
-    changed: asyncio.Event = field(default_factory=asyncio.Event)
+    operations: dict[str, int] = field(default_factory=lambda: {"done": 0, "rolled_back": 0})
+    experts_moved: int = 0
+    pause_s_max: float = 0.0
+
+    def add(self, operation: Operation) -> None:
+        if operation.error:
+            self.operations["rolled_back"] += 1
+            return
+        self.operations["done"] += 1
+        self.experts_moved += operation.experts_moved
+        self.pause_s_max = max(self.pause_s_max, operation.pause_s)
 
 
 class EngineManager:
@@ -66,19 +76,28 @@ class EngineManager:
         logging.basicConfig(level=logging.INFO, format="%(levelname)s manager: %(message)s", force=True)
         self._settings = msgspec.convert(settings, GroupSettings)
         self._siblings = siblings or Siblings.of_this_deployment()
-        self._keys = Keys.new()
         self._engines = EngineSet(self._settings, self._siblings.namespace)
         self._group = Group()
-        self._coordinator: ActorHandle | None = None
-        self._contact: tuple[str, str] | None = None
-        self._wanted = 0
+        self._coordination = Coordination(self._siblings)
+        self._resources = Resources(
+            self._settings, self._siblings.namespace, Keys.new(), self._engines, self._coordination, self._group
+        )
+        self._memo = Memo()
         self._refused = ""
-        self._starting: asyncio.Task[None] | None = None
-        self._upkeep: asyncio.Task[None] | None = None
-        self._recovered = False
+        self._change: Change | None = None
+        self._work: asyncio.Task[None] | None = None
+        self._operations: dict[str, Operation] = {}
+        self._totals: dict[str, Any] = {
+            "operations": {"done": 0, "rolled_back": 0},
+            "experts_moved": 0,
+            "pause_s_max": 0.0,
+        }
+        self._upkeep: list[asyncio.Task[None]] = []
+        self._load = LoadWindow(self._engines)
+        self._imbalance: float | None = None
         self._losses: list[float] = []
-        # Making and removing a group never overlap: both use the ranks' names.
-        self._making = asyncio.Lock()
+        self._recovering = asyncio.Lock()
+        self._recovered = False
 
     def __repr__(self) -> str:
         return f"manager({self._siblings.application})"
@@ -86,42 +105,93 @@ class EngineManager:
     # --- what front-ends ask ---------------------------------------------------------------------------------------
 
     async def declare(self, data_parallel_size: int) -> None:
-        """The declared size of the group. Starts the group if there is none; returns at once.
+        """The declared size of the group. Makes the group, or resizes it; returns at once, and the last one wins.
 
+        What was declared before is no news: a front-end that starts again does not undo what was asked for otherwise.
         A size outside the bounds never disturbs a running group: it is refused in ``status``.
         """
         await self._recover()
-        smallest, largest = self._settings.min_size, self._settings.max_size
-        if data_parallel_size < smallest or (largest is not None and data_parallel_size > largest):
-            self._refused = (
-                f"data_parallel_size={data_parallel_size} is outside {smallest} .. {largest or 'any'}: choose a size "
-                "inside min_data_parallel_size .. max_data_parallel_size, or widen them"
-            )
+        self._refused = self._outside(data_parallel_size)
+        if self._refused:
             logger.error("%s", self._refused)
             if self._group.phase == "idle":
-                self._set("failed", cause=self._refused)
+                self._group.set("failed", cause=self._refused)
             return
-        self._refused = ""
-        if self._group.phase == "serving" and data_parallel_size != len(self._engines):
-            self._refused = (
-                f"data_parallel_size={data_parallel_size} differs from the running {len(self._engines)} ranks: "
-                "resizing a running group is not built yet; deploy the application anew"
+        if self._group.phase == "serving" and data_parallel_size == self._memo.declared:
+            return
+        self._memo = Memo(data_parallel_size, data_parallel_size)
+        self._pursue()
+
+    async def scale_elastic_ep(
+        self,
+        size: int,
+        drain_timeout_s: float | None = None,
+        operation_id: str | None = None,
+        retire: list[int] | None = None,
+    ) -> dict[str, Any]:
+        """Resizes the group to ``size`` ranks, without those of ``retire`` if named, else without the highest.
+
+        Returns the operation's state at once; with ``refused`` (``busy``, ``invalid``, ``unavailable``) and ``message``
+        when it was not admitted. A known ``operation_id`` gives that operation, whatever else is asked.
+        """
+        await self._recover()
+        if operation_id in self._operations:
+            return self._shown(self._operations[operation_id])
+        if refusal := self._not_now():
+            return refusal
+        ranks = [engine.rank for engine in self._engines]
+        if outside := self._outside(size):
+            return _refusal("invalid", outside)
+        if unknown := sorted(set(retire or ()) - set(ranks)):
+            message = f"ranks {unknown} are not in the group; its ranks are {ranks}"
+            return _refusal("invalid", message, "retire_ranks")
+        if size == len(ranks) and not retire:
+            return _refusal("invalid", f"the group has {size} ranks already")
+        if retire and len(ranks) - len(set(retire)) < 1:
+            return _refusal(
+                "invalid", f"all ranks {ranks} would leave: keep at least one, it carries the requests over"
             )
-            logger.error("%s", self._refused)
-            return
-        self._wanted = data_parallel_size
-        if self._group.phase in ("idle", "failed", "lost") and self._starting is None:
-            self._starting = asyncio.create_task(self._start(data_parallel_size))
+        if retire and len(ranks) - len(set(retire)) > size:
+            return _refusal("invalid", f"{len(ranks)} ranks without {sorted(set(retire))} are more than {size}")
+        leaving = tuple(sorted(set(retire))) if retire else tuple(ranks[size:])
+        self._memo = Memo(self._memo.declared, size)
+        operation = self._operation("scale", size, leaving, drain_timeout_s, operation_id)
+        self._begin(operation)
+        return self._shown(operation)
+
+    async def rebalance_experts(self, operation_id: str | None = None) -> dict[str, Any]:
+        """Places the experts by the load measured lately; otherwise like ``scale_elastic_ep``."""
+        await self._recover()
+        if operation_id in self._operations:
+            return self._shown(self._operations[operation_id])
+        tokens = await self._load.read()
+        if refusal := self._not_now():
+            return refusal
+        if tokens is None:
+            return _refusal("invalid", "no expert was chosen lately, so there is no load to balance by: send requests")
+        operation = self._operation("rebalance", len(self._engines), (), None, operation_id)
+        self._begin(operation, tokens)
+        return self._shown(operation)
+
+    async def cancel(self, operation_id: str) -> dict[str, Any]:
+        """Rolls an operation back, if it can be. Like ``scale_elastic_ep``."""
+        if operation_id not in self._operations:
+            return _refusal("invalid", f"no operation {operation_id!r} is known: see the status for the present one")
+        change = self._change
+        if change is not None and change.operation.id == operation_id and not change.cancel("it was cancelled"):
+            message = f"operation {operation_id} is {change.operation.phase.value}: too late to cancel it"
+            return self._shown(change.operation) | _refusal("busy", message)
+        return self._shown(self._operations[operation_id])
 
     async def contact(self) -> Contact:
         """How to reach the group, once it serves. Raises GroupError with the root cause if it can't be made."""
         await self._recover()
         while True:
-            group = self._group
+            group, addresses = self._group, self._coordination.addresses
             if group.phase in ("failed", "lost"):
                 raise GroupError(group.cause)
-            if group.phase == "serving" and self._contact is not None:
-                return Contact(self._keys, *self._contact)
+            if group.phase == "serving" and addresses is not None:
+                return Contact(self._resources.keys, *addresses)
             await group.changed.wait()
 
     async def watch(self, version: int, timeout_s: float = 10.0) -> dict[str, Any]:
@@ -134,15 +204,19 @@ class EngineManager:
 
     async def status(self) -> dict[str, Any]:
         group = self._group
+        newest = self._change.operation if self._change is not None else next(reversed(self._operations.values()), None)
         return {
             "phase": group.phase,
             "cause": group.cause,
             "detail": group.detail,
             "version": group.version,
             "epoch": group.epoch.number,
-            "data_parallel_size": len(self._engines),
-            "wanted_data_parallel_size": self._wanted,
+            "data_parallel_size": len(group.epoch.members) if group.phase == "serving" else len(self._engines),
+            "wanted_data_parallel_size": self._memo.wanted,
             "refused": self._refused,
+            "imbalance": self._imbalance,
+            "operation": None if newest is None else self._shown(newest),
+            "totals": asdict(self._totals),
             "ranks": [
                 {"rank": e.rank, "node_id": e.group.node_id, "local_rank": e.group.local_rank}
                 | (
@@ -156,118 +230,116 @@ class EngineManager:
 
     async def stop(self) -> None:
         """Removes everything that was made. Does nothing the second time."""
-        if self._starting is not None:
-            self._starting.cancel()
-            await asyncio.wait([self._starting])
-        async with self._making:
-            await self._tear_down()
-        if self._group.phase != "idle":
-            self._set("idle")
-
-    # --- the start -------------------------------------------------------------------------------------------------
-
-    async def _start(self, size: int) -> None:
-        async with self._making:
-            await self._start_or_fail(size)
-
-    async def _start_or_fail(self, size: int) -> None:
-        try:
-            await asyncio.wait_for(self._start_group(size), self._settings.start_timeout_s)
-        except asyncio.TimeoutError:
-            await self._fail(
-                f"the group was not ready after start_timeout_s={self._settings.start_timeout_s}: "
-                f"{self._group.phase}, {self._group.detail}; raise start_timeout_s or see the ranks' logs"
-            )
-        except asyncio.CancelledError:
-            await self._tear_down()
-            raise
-        except Exception as error:
-            await self._fail(root_cause(error))
-        finally:
-            self._starting = None
-
-    async def _fail(self, cause: str) -> None:
-        logger.error("the group could not be started: %s", cause)
+        await self._interrupt("the application ends")
+        for task in self._upkeep:
+            task.cancel()
+        self._upkeep = []
         await self._tear_down()
-        self._set("failed", cause=cause)
+        if self._group.phase != "idle":
+            self._group.set("idle")
 
-    async def _start_group(self, size: int) -> None:
-        self._set("placing", f"{size} ranks")
-        placing = asyncio.ensure_future(asyncio.to_thread(self._place, size))
-        try:
-            placed = await asyncio.shield(placing)
-        except asyncio.CancelledError:
-            # The thread goes on; what it makes must be there to be removed. It ends by placement_timeout_s.
-            await asyncio.wait([placing])
-            raise
+    # --- admitting -------------------------------------------------------------------------------------------------
 
-        self._set("launching", f"{size} ranks")
-        self._engines.launch(placed, self._keys)
-        self._upkeep = self._upkeep or asyncio.create_task(self._keep())
-        shake = Handshake.expecting([(g.rank, g.node_id, g.local_rank) for g in placed])
-        watching = asyncio.create_task(self._report_progress(shake))
+    def _outside(self, size: int) -> str:
+        smallest, largest = self._settings.min_size, self._settings.max_size
+        if size >= smallest and (largest is None or size <= largest):
+            return ""
+        return (
+            f"data_parallel_size={size} is outside {smallest} .. {largest or 'any'}: choose a size inside "
+            "min_data_parallel_size .. max_data_parallel_size, or widen them"
+        )
+
+    def _not_now(self) -> dict[str, Any] | None:
+        if self._change is not None:
+            running = self._change.operation
+            message = f"operation {running.id} ({running.kind} to {running.to_size} ranks) runs: {running.phase.value}"
+            return self._shown(running) | _refusal("busy", message)
+        if self._group.phase != "serving" or self._work is not None:
+            cause = f": {self._group.cause}" if self._group.cause else ""
+            return _refusal("unavailable", f"the group is {self._group.phase}{cause}; it must serve to be changed")
+        return None
+
+    def _operation(
+        self, kind: str, size: int, retire: tuple[int, ...], drain_timeout_s: float | None, id_: str | None = None
+    ) -> Operation:
+        return Operation(
+            id=id_ or f"{kind}-{uuid.uuid4().hex[:12]}",
+            kind=kind,
+            from_size=len(self._engines),
+            to_size=size,
+            retire=retire,
+            drain_timeout_s=self._settings.drain_timeout_s if drain_timeout_s is None else drain_timeout_s,
+        )
+
+    def _shown(self, operation: Operation) -> dict[str, Any]:
+        shown: dict[str, Any] = msgspec.to_builtins(operation)
+        return shown
+
+    # --- carrying out ----------------------------------------------------------------------------------------------
+
+    def _pursue(self) -> None:
+        """Goes after the wanted size, unless something is under way; that does it again at its end."""
+        wanted, phase = self._memo.wanted, self._group.phase
+        if self._change is not None or self._work is not None:
+            return
+        if phase in ("idle", "failed", "lost"):
+            self._begin(self._operation("start", wanted, (), None))
+        elif phase == "serving" and wanted != len(self._engines):
+            ranks = [engine.rank for engine in self._engines]
+            self._begin(self._operation("scale", wanted, tuple(ranks[wanted:]), None))
+
+    def _begin(self, operation: Operation, load: np.ndarray | None = None) -> None:
+        self._change = Change(operation, self._resources, load)
+        self._remember(operation)
+        self._work = asyncio.create_task(self._carry_out(self._change))
+
+    async def _carry_out(self, change: Change) -> None:
+        self._keep_up()
+        wanted = self._memo.wanted
         try:
-            hellos: list[Hello] = await self._engines.all(lambda e: e.handle.hello.remote(), "starting its process")
-            for hello in hellos:
-                shake.hello(hello)
-            self._set("loading", shake.progress())
-            order = {engine.rank: index for index, engine in enumerate(self._engines)}
-            async for ready in self._engines.each(lambda e: e.handle.load.remote(order[e.rank], size), "loading"):
-                shake.ready(ready)
-                self._engines.of(ready.rank).ready = ready
-                logger.info("%s", shake.progress())
+            operation = await change.run()
         finally:
-            watching.cancel()
+            self._change = self._work = None
+            self._remember(change.operation)
+        self._totals.add(operation)
+        if operation.error:
+            self._roll_back(operation, wanted)
+        else:
+            for engine in self._engines:
+                self._watch(engine)
+            self._group.set("serving", f"{len(self._engines)} ranks in epoch {operation.epoch}")
+        if not operation.error or self._memo.wanted != wanted:
+            self._pursue()
 
-        self._set("joining", "process group")
-        epoch = Epoch(number=self._group.epoch.number + 1, members=self._engines.members())
-        store = await self._engines.of(epoch.founder).handle.open_store.remote()
-        router, publisher = await self._open_coordinator(epoch)
-        await self._engines.all(lambda e: e.handle.join.remote(epoch, store, router), "joining the process group")
-        self._serve(epoch, (router, publisher))
+    def _roll_back(self, operation: Operation, wanted: int) -> None:
+        if operation.kind == "start":
+            self._group.set("failed", cause=operation.error)
+            return
+        if self._memo.wanted == wanted:  # else something else was declared meanwhile
+            self._refused = (
+                f"{operation.kind} to {operation.to_size} ranks: {operation.failed_phase}: {operation.error}"
+            )
+            self._memo = Memo(self._memo.declared, len(self._engines))
+        self._group.touch()
 
-    def _place(self, size: int) -> list[groups.RankGroup]:
-        """The ranks' placement groups: the caller's where it handed in some, else our own."""
-        settings = self._settings
-        request = settings.placement.with_size(size)
-        if settings.placement_groups is not None:
-            handed = [(groups.handle(id_), local_rank) for id_, local_rank in settings.placement_groups.items()]
-            return groups.adopt(handed, request, settings.placement_timeout_s)
-        plan = planner.plan(snapshot.take(), request)
-        if isinstance(plan, planner.NoFit):
-            raise GroupError(str(plan))
-        return groups.apply(plan, settings.placement_timeout_s, self._siblings.namespace)
+    def _remember(self, operation: Operation) -> None:
+        self._operations[operation.id] = operation
+        while len(self._operations) > HISTORY:
+            del self._operations[next(iter(self._operations))]
 
-    def _serve(self, epoch: Epoch, contact: tuple[str, str]) -> None:
-        for engine in self._engines:
-            engine.watch = asyncio.create_task(self._watch_rank(engine))
-        self._contact = contact
-        self._group.epoch = epoch
-        self._set("serving", f"{len(self._engines)} ranks in epoch {epoch.number}")
-
-    async def _open_coordinator(self, epoch: Epoch) -> tuple[str, str]:
-        """The coordinator's (router, publisher) addresses, after it took over ``epoch``."""
-        self._coordinator = await self._siblings.coordinator()
-        addresses: tuple[str, str] = await self._coordinator.open.remote(self._keys)
-        await self._coordinator.set_epoch.remote(epoch)
-        return addresses
-
-    async def _report_progress(self, shake: Handshake) -> None:
-        while True:
-            await asyncio.sleep(PROGRESS_S)
-            for engine in list(self._engines):
-                try:
-                    shake.ranks[engine.rank].doing = await engine.handle.progress.remote()
-                except RayError:
-                    continue  # its death ends the start through the call that waits for it
-            self._group.detail = shake.progress()
-            logger.info("%s", shake.progress())
+    async def _interrupt(self, why: str) -> None:
+        """Ends what is under way, whatever it is."""
+        if self._change is not None:
+            self._change.cancel(why)
+        if self._work is not None and self._work is not asyncio.current_task():
+            with contextlib.suppress(Exception):
+                await self._work
 
     # --- a successor -----------------------------------------------------------------------------------------------
 
     async def _recover(self) -> None:
         """Once, before anything else is answered: adopts the group that a former manager left, or removes it."""
-        async with self._making:
+        async with self._recovering:
             if not self._recovered:
                 await self._adopt_or_remove()
                 self._recovered = True
@@ -276,106 +348,122 @@ class EngineManager:
         found: list[tuple[ActorHandle, Description]] = []
         for handle in self._siblings.engines():
             try:
-                found.append((handle, await asyncio.wait_for(handle.describe.remote(), 5.0)))
+                found.append((handle, await asyncio.wait_for(handle.describe.remote(), 15.0)))
             except (RayError, asyncio.TimeoutError):
                 ray.kill(handle)
+        epoch = max((word.epoch for _, word in found), key=lambda epoch: epoch.number, default=self._group.epoch)
+        members = [(handle, word) for handle, word in found if word.epoch == epoch and word.rank in epoch.ranks]
+        whole = epoch.number > 0 and len(members) == len(epoch.members)
         self._engines.adopt(Engine(word.rank, handle, word.group, word.ready) for handle, word in found)
-        held = {word.group.id for _, word in found}
-        placed = await asyncio.to_thread(groups.find, self._siblings.namespace)
-        await asyncio.to_thread(groups.remove_all, [group.id for group in placed if group.id not in held])
-        if not found:
-            return
-        epoch = max((word.epoch for _, word in found), key=lambda epoch: epoch.number)
-        if epoch.number == 0 or {word.epoch for _, word in found} != {epoch} or len(found) != len(epoch.members):
-            logger.warning(
-                "removing what a former manager left of an unfinished group: ranks %s",
-                [engine.rank for engine in self._engines],
-            )
+        if not whole:
+            if found:
+                logger.warning("removing what a former manager left of an unfinished group: ranks %s", epoch.ranks)
             await self._tear_down()
             return
-        self._keys = found[0][1].keys
-        self._wanted = len(found)
-        self._upkeep = asyncio.create_task(self._keep())
-        addresses = await self._open_coordinator(epoch)
+        # Ranks that had left, or were about to join.
+        await self._engines.end([engine for engine in self._engines if engine.rank not in epoch.ranks])
+        held = {word.group.id for _, word in members}
+        await asyncio.to_thread(self._remove_groups, held)
+        word = members[0][1]
+        assert word.expert_map is not None
+        self._resources.keys = word.keys
+        self._memo = word.memo
+        self._group.epoch, self._group.layout = epoch, (epoch.ranks, word.expert_map)
+        router, _ = await self._coordination.open(word.keys)
+        await self._coordination.set_epoch(epoch)
         for engine in self._engines:
-            await engine.handle.connect_coordinator.remote(addresses[0])
+            await engine.handle.follow_coordinator.remote(router)
+            self._watch(engine)
+        self._keep_up()
         logger.info("adopted the running group of epoch %d with ranks %s", epoch.number, epoch.ranks)
-        self._serve(epoch, addresses)
+        self._group.set("serving", f"{len(self._engines)} ranks in epoch {epoch.number}")
 
     # --- while it serves -------------------------------------------------------------------------------------------
+
+    def _keep_up(self) -> None:
+        if not self._upkeep:
+            self._upkeep = [asyncio.create_task(self._keep()), asyncio.create_task(self._weigh())]
 
     async def _keep(self) -> None:
         """Renews the ranks' leases and follows a coordinator that Serve recreated."""
         while True:
             try:
-                self._engines.renew()
-                if self._group.phase == "serving":
-                    await self._follow_coordinator()
+                self._engines.renew(self._memo)
+                if self._group.phase == "serving" and await self._coordination.follow():
+                    assert self._coordination.addresses is not None
+                    router = self._coordination.addresses[0]
+                    logger.info("the coordinator moved to %s", router)
+                    for engine in self._engines:
+                        if engine.rank in self._group.epoch.ranks:
+                            engine.handle.follow_coordinator.remote(router)
+                    self._group.touch()
             except Exception:
                 logger.exception("upkeep failed; trying again")
             await asyncio.sleep(min(1.0, self._settings.lease_s / 4))
 
-    async def _follow_coordinator(self) -> None:
-        assert self._coordinator is not None
-        try:
-            addresses = await self._coordinator.open.remote(self._keys)
-        except RayError:
-            addresses = await self._open_coordinator(self._group.epoch)
-        if addresses != self._contact:
-            logger.info("the coordinator moved to %s", addresses[0])
-            self._contact = addresses
-            for engine in self._engines:
-                engine.handle.connect_coordinator.remote(addresses[0])
-            self._set("serving", self._group.detail)
+    async def _weigh(self) -> None:
+        """Measures which experts are chosen, and re-places them when one rank has too many of the popular ones."""
+        threshold = self._settings.rebalance_threshold
+        while True:
+            await asyncio.sleep(self._settings.rebalance_interval_s)
+            if self._group.phase != "serving":
+                continue
+            tokens = await self._load.read()
+            self._load.turn()
+            self._imbalance = imbalance(self._group.layout, tokens)
+            if threshold is not None and self._imbalance is not None and self._imbalance > threshold:
+                logger.info("the experts' load is %.2f times the mean on the busiest rank", self._imbalance)
+                if self._not_now() is None:
+                    self._begin(self._operation("rebalance", len(self._engines), (), None), tokens)
 
-    async def _watch_rank(self, engine: Engine) -> None:
-        """Waits for the end of a rank, then declares the group lost with the cause that came first."""
-        try:
-            cause = None
-            while cause is None:
-                cause = await engine.handle.wait.remote(30.0)
-            # A survivor of a broken collective only knows that a peer is gone: give the peer's own death time to show.
-            await asyncio.sleep(ROOT_CAUSE_S)
-        except RayError as error:
-            cause = root_cause(error)
-        if self._group.phase == "serving":
-            self._starting = asyncio.create_task(self._replace_group(f"dp_rank_{engine.rank} ended: {cause}"))
+    def _watch(self, engine: Engine) -> None:
+        """Has the group made anew when this rank ends; once for each."""
+        if engine.rank in self._group.epoch.ranks and not engine.guarded:
+            engine.guarded = True
+            engine.watch = engine.watch or asyncio.create_task(engine.ended())
+            engine.watch.add_done_callback(lambda watch: self._lost(engine, watch))
 
-    async def _replace_group(self, cause: str) -> None:
+    def _lost(self, engine: Engine, watch: asyncio.Task[str]) -> None:
+        if not watch.cancelled() and self._group.phase == "serving":
+            self._group.set("restarting", cause=f"dp_rank_{engine.rank} ended: {watch.result()}")
+            self._repair = asyncio.create_task(self._replace_group(engine.rank, watch.result()))
+
+    async def _replace_group(self, rank: int, cause: str) -> None:
         """A rank is gone and its peers can't step without it: makes the group anew, unless that happened too often.
 
         Clients keep their requests meanwhile, and continue them in the new epoch with the tokens they have.
         """
+        # A survivor of a broken collective only knows that a peer is gone: give the peer's own death time to show.
+        await asyncio.sleep(ROOT_CAUSE_S)
+        causes = {e.rank: e.watch.result() for e in self._engines if e.watch is not None and e.watch.done()}
+        first = next((r for r, c in causes.items() if "PeerLost" not in c), rank)
+        cause = f"dp_rank_{first} ended: {causes.get(first, cause)}"
         logger.error("the group broke: %s", cause)
         now = asyncio.get_running_loop().time()
         self._losses = [loss for loss in self._losses if now - loss < RESTART_WINDOW_S] + [now]
         again = len(self._losses) <= self._settings.max_restarts
-        self._set("restarting" if again else "lost", cause=cause)
-        async with self._making:
-            await self._tear_down()
-            if again:
-                await self._start_or_fail(self._wanted)
-        self._starting = None
-
-    def _set(self, phase: str, detail: str = "", cause: str = "") -> None:
-        group = self._group
-        group.phase, group.detail, group.cause = phase, detail, cause
-        group.version += 1
-        group.changed.set()
-        group.changed = asyncio.Event()
-        logger.info("%s %s", phase, detail or cause)
+        self._group.set("restarting" if again else "lost", cause=cause)
+        await self._interrupt(f"the group broke: {cause}")
+        await self._tear_down()
+        if again:
+            self._begin(self._operation("start", self._memo.wanted, (), None))
 
     # --- the end ---------------------------------------------------------------------------------------------------
 
     async def _tear_down(self) -> None:
         """Ends all engines and removes the groups we own."""
-        self._contact = None
-        await self._engines.end()
+        self._load.clear()
+        self._group.layout = None
+        await self._engines.end(list(self._engines))
         # By their owner's mark, so that groups whose engine was never launched go too.
-        await asyncio.to_thread(self._remove_groups)
+        await asyncio.to_thread(self._remove_groups, set())
 
-    def _remove_groups(self) -> None:
-        groups.remove_all(group.id for group in groups.find(self._siblings.namespace))
+    def _remove_groups(self, held: set[str]) -> None:
+        groups.remove_all(group.id for group in groups.find(self._siblings.namespace) if group.id not in held)
+
+
+def _refusal(refused: str, message: str, param: str | None = None) -> dict[str, Any]:
+    return {"refused": refused, "message": message} | ({"param": param} if param else {})
 
 
 Manager = ray.remote(EngineManager)

@@ -15,6 +15,7 @@ class GroupSettings:
     ``max_size`` None means no bound of our own. A group that breaks more than ``max_restarts`` times within ten
     minutes is given up. Environment variables whose names start with one of ``env_prefixes`` are copied to the ranks.
     ``placement_groups`` (hex id to local rank) were made by the caller, to be used instead of our own.
+    Within ``switch_timeout_s`` all ranks must have changed epochs once they are told to.
     ``drain_timeout_s`` is how long the running requests of a leaving rank may stay there. Experts are re-placed when
     the busiest rank has more than ``rebalance_threshold`` times the mean load (None: only when asked to), measured
     over ``rebalance_interval_s``. Times are in seconds.
@@ -30,6 +31,18 @@ class GroupSettings:
     max_restarts: int
     env_prefixes: tuple[str, ...]
     placement_groups: dict[str, int] | None = None
+    switch_timeout_s: float = 30.0
     drain_timeout_s: float = 30.0
     rebalance_threshold: float | None = None
     rebalance_interval_s: float = 60.0
+
+
+@dataclass(frozen=True)
+class Memo:
+    """What a manager's successor must know and can't see: the ``declared`` size it acted on last, the ``wanted`` one.
+
+    0: none yet.
+    """
+
+    declared: int = 0
+    wanted: int = 0

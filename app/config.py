@@ -106,6 +106,9 @@ class AppConfig(BaseModel):
     max_restarts: int = Field(
         3, ge=0, description="Times a broken group is made anew within ten minutes, before it is given up."
     )
+    switch_timeout_s: Seconds = Field(
+        30.0, description="Longest wait for all ranks to change epochs, once all is ready; then it is rolled back."
+    )
     drain_timeout_s: float = Field(
         30.0,
         ge=0,
@@ -236,6 +239,7 @@ class AppConfig(BaseModel):
             max_restarts=self.max_restarts,
             env_prefixes=self.env_prefixes,
             placement_groups=self.placement_groups,
+            switch_timeout_s=self.switch_timeout_s,
             drain_timeout_s=self.drain_timeout_s,
             rebalance_threshold=self.rebalance_threshold,
             rebalance_interval_s=self.rebalance_interval_s,

@@ -10,10 +10,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from datetime import timedelta
 from typing import Any
-
-import torch.distributed as dist
 
 from actors import wire
 from actors.engine import sampler
@@ -22,37 +19,40 @@ from actors.engine.blocks import BlockPool
 from actors.engine.config import EngineConfig
 from actors.engine.experts.exchange import Exchange, SoloExchange
 from actors.engine.experts.map import ExpertMap
-from actors.engine.experts.mesh import MeshExchange
-from actors.engine.experts.planner import Shape, plan
+from actors.engine.experts.routing import Routing
 from actors.engine.mailbox import Mailbox
-from actors.engine.model import summarize
 from actors.engine.request import Request
 from actors.engine.runner import ModelRunner, StepFailed
 from actors.engine.scheduler import Output, Scheduler
+from actors.engine.standby import Standby
 from actors.membership import NO_EPOCH, Epoch
 from actors.sockets import Keys
+from actors.transition import Ballot
 from actors.waves import EngineWaves, Report, Standing
 
 logger = logging.getLogger(__name__)
 
 # How often the loop looks for clients that fell silent, and the longest sleep of a paused engine, seconds.
 HOUSEKEEPING_S = 1.0
+# A group that runs only because it waits to switch has nothing to compute.
+IDLE_STEP_S = 0.001
 
 
 class EngineCore:
     """One DP rank: ``run`` serves until ``stop``. Raises from ``run`` when the group's lockstep broke (PeerLost)."""
 
-    def __init__(
-        self, rank: int, config: EngineConfig, runner: ModelRunner, expert_map: ExpertMap, mailbox: Mailbox
-    ) -> None:
+    def __init__(self, rank: int, config: EngineConfig, runner: ModelRunner, mailbox: Mailbox) -> None:
         self.mailbox = mailbox
         self.kv_blocks = runner.num_kv_blocks
         self._rank = rank
         self._config = config
         self._runner = runner
-        self._expert_map = expert_map
         self._exchange: Exchange = SoloExchange()
-        self._epoch = NO_EPOCH
+        self.epoch = NO_EPOCH
+        self._ballot = Ballot()
+        self._standby: Standby | None = None
+        self._on_prefetched: Callable[[int], None] | None = None
+        self._on_switched: Callable[[float], None] | None = None
         self._waves = EngineWaves(rank=rank)
         self._last_stats: tuple[int, int, int] | None = None
         self._heard: dict[bytes, float] = {}
@@ -73,52 +73,92 @@ class EngineCore:
         cls,
         rank: int,
         index: int,
-        size: int,
+        expert_map: ExpertMap,
         config: EngineConfig,
         ip: str,
         keys: Keys,
         report: Callable[[str], None],
     ) -> EngineCore:
-        """Reads the weights that member ``index`` of ``size`` holds and binds the sockets on ``ip``.
+        """Reads the weights that member ``index`` holds by ``expert_map``, warms up, and binds the sockets on ``ip``.
 
         ``report`` is told what is being done. Raises ValueError on a checkpoint or configuration that can't work.
         """
-        report("reading the model's configuration")
-        shape = summarize(config.model)
-        slots = config.expert_slots or -(-shape.num_experts // config.min_data_parallel_size)
-        expert_map = plan(Shape(shape.num_moe_layers, shape.num_experts, slots), range(size))
         report(f"loading weights of {config.model}")
-        runner = ModelRunner(config, expert_map, index, SoloExchange())
-        return cls(rank, config, runner, expert_map, Mailbox(ip, keys))
+        runner = ModelRunner(config, Routing(expert_map, index), SoloExchange())
+        report("warming up")
+        runner.warm_up()
+        return cls(rank, config, runner, Mailbox(ip, keys))
 
-    # --- before the loop -------------------------------------------------------------------------------------------
+    # --- the next epoch, from any thread ---------------------------------------------------------------------------
 
-    def join(self, epoch: Epoch, store: str) -> None:
-        """Forms ``epoch``'s process group through the store at ``ip:port``; blocks until all members have come.
+    @property
+    def expert_map(self) -> ExpertMap:
+        return self._runner.model.experts.routing.map
 
-        Raises PeerLost when one does not.
+    def prepare(self, epoch: Epoch, expert_map: ExpertMap, store: str) -> None:
+        """Connects the exchange of ``epoch``, which comes next, through the store at ``ip:port``.
+
+        Blocks until all its members have come, while the loop serves on. Raises PeerLost when one does not.
         """
-        index = epoch.ranks.index(self._rank)
-        if len(epoch.members) > 1:
-            host, port = store.rsplit(":", 1)
-            timeout = timedelta(seconds=self._config.collective_timeout_s)
-            client = dist.TCPStore(host, int(port), is_master=False, timeout=timeout)
-            own_ip = self.mailbox.address.removeprefix("tcp://").rsplit(":", 1)[0]
-            self._exchange = MeshExchange(
-                dist.PrefixStore(f"epoch{epoch.number}", client),
-                index,
-                len(epoch.members),
-                self._config.collective_timeout_s,
-                own_ip,
-            )
-        self._runner.adopt(self._expert_map, index, self._exchange)
-        self._epoch = epoch
-        own = self._waves.standing
-        standings = [
-            Standing(wave, step, bool(running))
-            for wave, step, running in self._exchange.sync([own.wave, own.step, int(own.running)])
-        ]
-        self._take(self._waves.joined(epoch, self._rank, standings))
+        self.abandon()
+        standby = Standby(self._rank, epoch, expert_map, self.epoch, self.expert_map)
+        self._standby = standby
+        if standby.index is not None:
+            address = self.mailbox.address.removeprefix("tcp://").rsplit(":", 1)[0]
+            standby.connect(store, address, self._config.collective_timeout_s)
+
+    def prefetch(self, done: Callable[[int], None]) -> None:
+        """Has the loop read, one between two steps, the experts that the next epoch wants here; ``done(how many)``."""
+
+        def begin() -> None:
+            if self._standby is not None:
+                self._on_prefetched = done
+                self._report_prefetched()
+
+        self.mailbox.post(begin)
+
+    def arm(self, epoch: int, done: Callable[[float], None]) -> None:
+        """Votes for ``epoch``, the prepared one, from the next step on; ``done(seconds this rank stood still)``."""
+
+        def vote() -> None:
+            if self._standby is not None and self._standby.epoch.number == epoch:
+                self._on_switched = done
+                self._ballot = self._ballot.arm(epoch)
+                self._take(self._waves.submitted())
+
+        self.mailbox.post(vote)
+
+    def disarm(self, epoch: int, done: Callable[[], None]) -> None:
+        """Votes for ``epoch`` no more, and drops it unless it is the present one by then; ``done()`` at last."""
+
+        def withdraw() -> None:
+            self._ballot = self._ballot.disarm(epoch)
+            if self.epoch.number != epoch:
+                self.abandon()
+            done()
+
+        self.mailbox.post(withdraw)
+
+    def abandon(self) -> None:
+        """Drops what was prepared."""
+        standby, self._standby = self._standby, None
+        if standby is not None:
+            standby.abandon()
+        self._on_prefetched = self._on_switched = None
+
+    def enter(self, epoch: int) -> None:
+        """A joiner's first act: begins the first collective of ``epoch`` and waits there for the others.
+
+        Instead of a vote; on the loop's thread, before ``run``. Raises PeerLost when they do not come.
+        """
+        self._prepared()
+        self._ballot = self._ballot.arm(epoch)
+        self._switch()
+
+    def _prepared(self) -> Standby:
+        if self._standby is None:
+            raise RuntimeError(f"dp_rank_{self._rank} has no next epoch: call prepare first")
+        return self._standby
 
     def announce_to(self, coordinator: str) -> None:
         """Connects to the coordinator at this address and says where this rank stands."""
@@ -128,7 +168,9 @@ class EngineCore:
     # --- from any thread -------------------------------------------------------------------------------------------
 
     def status(self) -> dict[str, Any]:
+        experts = self._runner.model.experts
         return {
+            "rows_computed": experts.computed,
             "wave": self._waves.wave,
             "running": self._waves.running,
             "step": self._waves.step,
@@ -139,6 +181,11 @@ class EngineCore:
             "kv_used": self._scheduler.pool.used,
             "malformed": self.mailbox.malformed,
         } | self._counters
+
+    def chosen(self) -> list[list[int]]:
+        """How often this rank's tokens chose each expert of each MoE layer, since its start."""
+        chosen: list[list[int]] = self._runner.model.experts.chosen.tolist()
+        return chosen
 
     def stop(self) -> None:
         """From any thread: ends ``run`` after the step under way."""
@@ -153,13 +200,18 @@ class EngineCore:
     def run(self) -> None:
         due = time.monotonic() + HOUSEKEEPING_S
         while not self._stopping:
-            self._drain(0 if self._waves.running else int(HOUSEKEEPING_S * 1000))
+            busy = self._waves.running or self._on_prefetched is not None
+            self._drain(0 if busy else int(HOUSEKEEPING_S * 1000))
             if time.monotonic() > due:
                 self._abort_silent_clients()
                 due = time.monotonic() + HOUSEKEEPING_S
             if self._waves.running:
                 self._lockstep()
+            if self._on_prefetched is not None:
+                self._prepared().load_next(self._runner)
+                self._report_prefetched()
             self._publish_stats()
+        self.abandon()
         self._exchange.close()
         self.mailbox.close()
 
@@ -174,18 +226,18 @@ class EngineCore:
                     for request_id in ids:
                         self._emit([self._scheduler.abort(request_id)])
                 case wire.Beat():
-                    self.mailbox.send(client, wire.Beat(self._epoch.number))
+                    self.mailbox.send(client, wire.Beat(self.epoch.number))
                 case wire.Attach():
                     self.mailbox.send(
                         client,
-                        wire.Attached(self._epoch.number, self._rank, self._waves.wave, self._waves.running),
+                        wire.Attached(self.epoch.number, self._rank, self._waves.wave, self._waves.running),
                     )
         for start in starts:
             self._take(self._waves.told(start))
 
     def _submit(self, client: bytes, message: wire.Submit) -> None:
-        if message.epoch != self._epoch.number:
-            failure = wire.Failure("stale_epoch", f"sent in epoch {message.epoch}, this is {self._epoch.number}")
+        if message.epoch != self.epoch.number:
+            failure = wire.Failure("stale_epoch", f"sent in epoch {message.epoch}, this is {self.epoch.number}")
             delta = wire.Delta(message.request_id, len(message.generated), [], finish="error", failure=failure)
             self._emit([Output(client, delta)])
             return
@@ -202,17 +254,25 @@ class EngineCore:
         """One step of the whole group: every member is in this method at the same step of the same wave."""
         salvage = self._salvage
         batch = salvage.next() if salvage is not None else self._scheduler.schedule()
-        has_work = self._scheduler.has_work or bool(batch.slices)
-        vectors = self._exchange.sync([int(has_work), batch.num_tokens])
+        armed = self._ballot.armed > 0
+        has_work = self._scheduler.has_work or bool(batch.slices) or armed
+        vote = self._ballot.vote(armed and self._prepared().joiners_here)
+        vectors = self._exchange.sync([int(has_work), batch.num_tokens, vote])
         work = any(vector[0] for vector in vectors)
         self._take(self._waves.synced(work))
         if not work:
             return
-        tokens = [vector[1] for vector in vectors]
+        self._step(batch, [vector[1] for vector in vectors], salvage)
+        if self._ballot.switches([vector[2] for vector in vectors]):
+            self._switch()
+
+    def _step(self, batch: Batch, tokens: list[int], salvage: Salvage | None) -> None:
         if not batch.slices:
             self._counters["dummy_steps"] += 1
             if any(tokens):
                 self._runner.dummy_step(tokens)
+            else:
+                time.sleep(IDLE_STEP_S)
             return
         self._counters["steps"] += 1
         try:
@@ -226,6 +286,37 @@ class EngineCore:
             self._finish_salvage()
         else:
             self._emit(self._scheduler.commit(batch, results))
+
+    def _switch(self) -> None:
+        """Leaves the present epoch for the prepared one: all its members are in this method at the same step."""
+        started = time.monotonic()
+        standby, former = self._prepared(), self._exchange
+        self._standby = None
+        self._ballot = self._ballot.switched()
+        self.epoch = standby.epoch
+        exchange = standby.switch(self._runner)
+        if exchange is None:
+            self._exchange = SoloExchange()
+            self._waves = EngineWaves(standby.epoch.number, self._rank)
+        else:
+            self._exchange = exchange
+            own = self._waves.standing
+            standings = [
+                Standing(wave, step, bool(running))
+                for wave, step, running in exchange.sync([own.wave, own.step, int(own.running)])
+            ]
+            self._take(self._waves.joined(standby.epoch, self._rank, standings))
+            self._last_stats = None
+        former.close()
+        done, self._on_switched = self._on_switched, None
+        if done is not None:
+            done(time.monotonic() - started)
+
+    def _report_prefetched(self) -> None:
+        standby, done = self._prepared(), self._on_prefetched
+        if standby.complete and done is not None:
+            self._on_prefetched = None
+            done(standby.loaded)
 
     def _compute(self, batch: Batch, tokens: list[int]) -> list[Sampled | wire.Failure]:
         logits = self._runner.step(batch, tokens)
@@ -262,7 +353,7 @@ class EngineCore:
                 by_client.setdefault(output.client, []).append(output.delta)
         for client, deltas in by_client.items():
             self.mailbox.send(
-                client, wire.Outputs(self._epoch.number, self._rank, self._waves.wave, self._waves.step, deltas)
+                client, wire.Outputs(self.epoch.number, self._rank, self._waves.wave, self._waves.step, deltas)
             )
 
     def _take(self, transition: tuple[EngineWaves, list[Report]]) -> None:
@@ -277,9 +368,7 @@ class EngineCore:
         if now != self._last_stats:
             self._last_stats = now
             self.mailbox.report(
-                wire.Stats(
-                    self._epoch.number, self._rank, self._waves.wave, self._waves.step, *now, kv_total=pool.total
-                )
+                wire.Stats(self.epoch.number, self._rank, self._waves.wave, self._waves.step, *now, kv_total=pool.total)
             )
 
     def _abort_silent_clients(self) -> None:

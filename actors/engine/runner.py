@@ -5,21 +5,25 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from actors.engine import cpu
 from actors.engine.attention.base import PagedAttention, bytes_per_block
 from actors.engine.attention.torch_sdpa import TorchPagedAttention
-from actors.engine.batch import Batch
+from actors.engine.batch import Batch, Slice
 from actors.engine.config import EngineConfig
-from actors.engine.experts.exchange import Exchange, PeerLost
+from actors.engine.experts.exchange import Exchange, PeerLost, SoloExchange
 from actors.engine.experts.layer import ExpertsBroken
-from actors.engine.experts.map import ExpertMap
+from actors.engine.experts.routing import Routing
 from actors.engine.model import MoEModel
 from actors.engine.weights import WeightLoader
+from actors.wire import SamplingParams
 
 logger = logging.getLogger(__name__)
+
+WARM_UP_SEQUENCES = 8
 
 
 class StepFailed(RuntimeError):
@@ -36,7 +40,7 @@ class ModelRunner:
     first step. Raises ValueError on a configuration that cannot work (map, checkpoint, dtype, too few KV blocks).
     """
 
-    def __init__(self, config: EngineConfig, expert_map: ExpertMap, rank_index: int, exchange: Exchange) -> None:
+    def __init__(self, config: EngineConfig, routing: Routing, exchange: Exchange) -> None:
         torch.set_num_threads(config.threads)
         self.config = config
         self.device = torch.device(config.device)
@@ -47,22 +51,22 @@ class ModelRunner:
                 f"max_model_len is {config.max_model_len}, but {config.model} has {self.summary.max_positions} "
                 f"positions; lower max_model_len"
             )
-        self.model.allocate_slots(expert_map.num_slots, self.device)
-        self.adopt(expert_map, rank_index, exchange)
+        self.model.allocate_slots(routing.num_slots, self.device)
+        self.adopt(routing, exchange)
         self.loader = WeightLoader(self.model, self.device)
         with torch.inference_mode():
             self.loader.load_dense()
             if cpu.supported(self.model.dtype, self.device):
                 self._prepare_for_cpu()
-            self.loader.load_experts(expert_map.of_rank(rank_index))
+            self.loader.load_experts(routing.own_slots)
         self.loader.checkpoint.close()
         logger.info("read %.1f MiB of weights from %s", self.loader.checkpoint.bytes_read / 2**20, config.model)
         self.num_kv_blocks = self._count_blocks()
         self.model.attention = self._make_attention()
 
-    def adopt(self, expert_map: ExpertMap, rank_index: int, exchange: Exchange) -> None:
+    def adopt(self, routing: Routing, exchange: Exchange) -> None:
         """Run the next step in another epoch or with another map; experts must stand in their slots already."""
-        self.model.experts.adopt(expert_map, rank_index, exchange)
+        self.model.experts.adopt(routing, exchange)
 
     @torch.inference_mode()
     def step(self, batch: Batch, tokens_per_rank: Sequence[int]) -> torch.Tensor:
@@ -79,6 +83,35 @@ class ModelRunner:
         except Exception as error:
             self.model.experts.finish()
             raise StepFailed(f"the model raised {type(error).__name__}: {error}") from error
+
+    @torch.inference_mode()
+    def make_expert(self, layer: int, expert: int) -> Any:
+        """Reads one expert of a MoE layer from the checkpoint, ready for ``put_expert``."""
+        return self.loader.make_expert(layer, expert)
+
+    @torch.inference_mode()
+    def put_expert(self, layer: int, slot: int, made: Any) -> None:
+        self.model.experts.layers[layer].put(slot, made)
+
+    def warm_up(self) -> None:
+        """Runs steps of the usual shapes with nobody else, so that the first real one takes no longer than others.
+
+        Before the first request only: it scribbles into the KV cache.
+        """
+        experts = self.model.experts
+        routing, exchange = experts.routing, experts.exchange
+        self.adopt(routing.alone(), SoloExchange())
+        size = self.config.block_size
+        prompt = [0] * min(size, self.config.max_num_batched_tokens)
+        sequences = range(min(WARM_UP_SEQUENCES, self.num_kv_blocks, self.config.max_num_seqs))
+        for batch in (
+            Batch((_rehearsal(prompt, 0, 0),)),
+            Batch((_rehearsal([0], len(prompt) - 1, 0),)),
+            Batch(tuple(_rehearsal([0], len(prompt) - 1, block) for block in sequences)),
+        ):
+            self.step(batch, [batch.num_tokens])
+        experts.chosen[:] = experts.computed = 0
+        self.adopt(routing, exchange)
 
     @torch.inference_mode()
     def dummy_step(self, tokens_per_rank: Sequence[int]) -> None:
@@ -143,6 +176,10 @@ class ModelRunner:
                 f"needs {needed}; lower max_model_len, or raise kv_blocks or memory_fraction"
             )
         return blocks
+
+
+def _rehearsal(tokens: list[int], start: int, block: int) -> Slice:
+    return Slice("warm-up", tokens, start, [block], True, tokens, [], SamplingParams(max_tokens=1))
 
 
 def _free_bytes(device: torch.device) -> int:

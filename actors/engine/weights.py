@@ -117,6 +117,10 @@ class WeightLoader:
 
     def load_expert(self, layer: int, expert: int, slot: int) -> None:
         """Read one expert of one MoE layer from the checkpoint into one physical slot."""
+        self.model.experts.layers[layer].put(slot, self.make_expert(layer, expert))
+
+    def make_expert(self, layer: int, expert: int) -> Any:
+        """One expert of one MoE layer from the checkpoint, ready to be put into a slot."""
         weights = {}
         for leaf, pieces in self._experts[layer].items():
             if pieces[0][1].expert is None:
@@ -125,7 +129,7 @@ class WeightLoader:
                 own = {target.part: key for key, target in pieces if target.expert == expert}
                 tensor = torch.cat([self.checkpoint.read(own[part]) for part in sorted(own)])
             weights[leaf] = self._to_device(tensor, self.model.dtype)
-        self.model.experts.layers[layer].fill(slot, weights)
+        return self.model.experts.layers[layer].make(weights)
 
     def _to_device(self, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         copy = tensor.numel() * tensor.element_size() < _WORTH_MAPPING

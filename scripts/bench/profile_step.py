@@ -38,6 +38,7 @@ from actors.engine.config import EngineConfig
 from actors.engine.experts.exchange import Exchange, SoloExchange
 from actors.engine.experts.mesh import MeshExchange
 from actors.engine.experts.planner import Shape, plan
+from actors.engine.experts.routing import Routing
 from actors.engine.model import summarize
 from actors.engine.request import Request
 from actors.engine.runner import ModelRunner
@@ -184,7 +185,7 @@ def serve_rank(index: int, size: int, threads: int, port: int, arguments: argpar
     if size > 1:
         store = dist.TCPStore("127.0.0.1", port, is_master=index == 0, timeout=timedelta(seconds=120))
         exchange = MeshExchange(dist.PrefixStore("profile", store), index, size, 120.0, "127.0.0.1")
-    runner = ModelRunner(config, expert_map, index, exchange)
+    runner = ModelRunner(config, Routing(expert_map, index), exchange)
     clock = Clock()
     instrument(runner, exchange, clock)
     scheduler = Scheduler(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 import torch
@@ -25,6 +25,9 @@ class Exchange(Protocol):
     def sync(self, vector: Sequence[int]) -> list[list[int]]:
         """Give all ranks' vectors (of equal length, 64-bit integers) in order of rank index."""
 
+    def heard(self, rank_indexes: Iterable[int]) -> bool:
+        """Whether all of these have begun the collective to come. Does not wait; a lost member has not."""
+
     def dispatch(self, rows: torch.Tensor, tokens_per_rank: Sequence[int]) -> torch.Tensor:
         """Gather all ranks' rows: ``[tokens_per_rank[rank_index], W]`` in, ``[sum(tokens_per_rank), W]`` out."""
 
@@ -43,6 +46,9 @@ class SoloExchange:
 
     def sync(self, vector: Sequence[int]) -> list[list[int]]:
         return [list(vector)]
+
+    def heard(self, rank_indexes: Iterable[int]) -> bool:
+        return True
 
     def dispatch(self, rows: torch.Tensor, tokens_per_rank: Sequence[int]) -> torch.Tensor:
         return rows

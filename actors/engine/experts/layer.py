@@ -13,7 +13,8 @@ import numpy as np
 import torch
 
 from actors.engine.experts.exchange import Exchange
-from actors.engine.experts.map import EMPTY_SLOT, ExpertMap
+from actors.engine.experts.map import EMPTY_SLOT
+from actors.engine.experts.routing import Routing
 from actors.engine.experts.slots import ExpertSlots
 
 # Expert ids travel bit-cast in trailing columns of the hidden rows, so one collective carries both.
@@ -30,6 +31,9 @@ class Experts:
     ``adopt`` swaps map, rank index and exchange between steps; the model is not touched. In a step every layer runs
     exactly once, in order, on every rank: ``begin``, then ``forward`` per layer; ``finish`` runs the layers that are
     left with no rows of this rank (all of them when the rank is idle).
+
+    ``chosen [layers, experts]`` counts how often this rank's tokens chose each expert, and ``computed`` the rows that
+    this rank's experts computed, for whatever rank: both since the start.
     """
 
     def __init__(
@@ -47,30 +51,32 @@ class Experts:
         self.hidden = hidden
         self.top_k = top_k
         self.dtype = dtype
+        self.chosen = np.zeros((len(self.layers), num_experts), dtype=np.int64)
+        self.computed = 0
         self._next = len(self.layers)
 
-    def adopt(self, expert_map: ExpertMap, rank_index: int, exchange: Exchange) -> None:
-        """Use another map, or another epoch's exchange, from the next step on. Raises ValueError on a bad map."""
-        expert_map.validate()
+    def adopt(self, routing: Routing, exchange: Exchange) -> None:
+        """Use another map, or another epoch's exchange, from the next step on. Raises ValueError when it is of
+        another model."""
+        expert_map = routing.map
         if expert_map.num_layers != len(self.layers):
             raise ValueError(f"expert map has {expert_map.num_layers} layers, the model {len(self.layers)} MoE layers")
         if self.layers and expert_map.num_experts != self.num_experts:
             raise ValueError(f"expert map is of {expert_map.num_experts} experts, the model has {self.num_experts}")
-        self._num_ranks = expert_map.num_ranks
-        self.rank_index = rank_index
+        self.routing = routing
+        self.rank_index = routing.rank_index
         self.exchange = exchange
-        self._num_slots = expert_map.num_slots
-        self._routes = expert_map.routes()
+        self._num_slots = routing.num_slots
 
     def begin(self, tokens_per_rank: Sequence[int]) -> None:
         """Start a step in which rank index ``i`` has ``tokens_per_rank[i]`` tokens.
 
         Raises ValueError when list, exchange and expert map are not of one number of ranks.
         """
-        if self.layers and not len(tokens_per_rank) == self.exchange.size == self._num_ranks:
+        if self.layers and not len(tokens_per_rank) == self.exchange.size == self.routing.num_ranks:
             raise ValueError(
                 f"a step of {len(tokens_per_rank)} ranks, an exchange of {self.exchange.size}, "
-                f"an expert map of {self._num_ranks}: adopt an exchange and a map of the same epoch"
+                f"an expert map of {self.routing.num_ranks}: adopt an exchange and a map of the same epoch"
             )
         self._tokens = list(tokens_per_rank)
         self._own = self._tokens[self.rank_index]
@@ -101,22 +107,28 @@ class Experts:
 
     def _exchange(self, layer: int, hidden: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         """Unweighted results ``[T, k, H]`` of this rank's rows (``[0, k, H]`` where no row has an expert)."""
-        if self.exchange.size == 1:
-            everyone, slots = hidden, self._routes[layer, 0][ids.reshape(-1).cpu().numpy()]
+        table = self.routing.table[layer]
+        local = self.routing.local[layer]
+        low = self.rank_index * self._num_slots
+        if local:
+            own_ids = ids.reshape(-1).cpu().numpy()
+            everyone, slots = hidden, table[self.rank_index][own_ids]
         else:
-            payload = self._pack(hidden, ids)
-            gathered = self.exchange.dispatch(payload, self._tokens)
+            gathered = self.exchange.dispatch(self._pack(hidden, ids), self._tokens)
             everyone = gathered[:, : self.hidden]
             all_ids = gathered[:, self.hidden :].view(_ID_DTYPE[self.dtype.itemsize]).cpu().numpy()
-            slots = self._routes[layer][self._source[:, None], all_ids].reshape(-1)
+            slots = table[self._source[:, None], all_ids].reshape(-1)
+            start = sum(self._tokens[: self.rank_index])
+            own_ids = all_ids[start : start + self._own].reshape(-1)
         try:
+            self._count(layer, own_ids)
             # The flat pairs that stand here, in flat order: grouped by home rank as the ranks' rows are.
-            low = self.rank_index * self._num_slots
             mine = np.flatnonzero((slots >= low) & (slots < low + self._num_slots))
+            self.computed += len(mine)
             results = self._compute(layer, everyone, mine // self.top_k, slots[mine] - low)
         except Exception as error:
             raise ExpertsBroken(f"rank index {self.rank_index} failed in the experts of MoE layer {layer}") from error
-        if self.exchange.size == 1:
+        if local:
             self._next = layer + 1
             return results.view(-1, self.top_k, self.hidden)
         send = np.diff(np.searchsorted(mine, self._borders)).tolist()
@@ -130,6 +142,9 @@ class Experts:
         if len(returned) != len(order):  # finishing a failed step: our rows had no experts
             return returned.new_empty(0, self.top_k, self.hidden)
         return returned.index_select(0, self._index(_inverse(order))).view(-1, self.top_k, self.hidden)
+
+    def _count(self, layer: int, ids: np.ndarray) -> None:
+        self.chosen[layer] += np.bincount(ids[ids >= 0], minlength=self.num_experts)
 
     def _pack(self, hidden: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         payload = torch.empty(self._own, self.hidden + self.top_k, dtype=self.dtype, device=self.device)

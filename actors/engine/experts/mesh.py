@@ -14,8 +14,9 @@ import os
 import select
 import socket
 import struct
+import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -25,6 +26,8 @@ from actors.engine.experts.exchange import PeerLost
 SPIN_S = 100e-6
 SOCKET_BUFFER = 4 * 2**20
 TOKEN_BYTES = 16
+# How often a member that has not come yet is looked for, seconds.
+POLL_S = 0.01
 
 
 class MeshExchange:
@@ -32,13 +35,23 @@ class MeshExchange:
 
     ``store`` is shared by the members of one epoch and by nobody else (a ``PrefixStore`` per epoch); it carries
     addresses and a token that keeps strangers out. ``address`` is the local IP to bind and advertise. ``timeout_s``
-    bounds the building and every collective. Raises ``PeerLost`` when a member does not arrive.
+    bounds the building and every collective; setting ``abandoned`` ends the building early. Building computes nothing,
+    so it may go on beside a step. Raises ``PeerLost`` when a member does not arrive.
     """
 
-    def __init__(self, store: dist.Store, rank_index: int, size: int, timeout_s: float, address: str) -> None:
+    def __init__(
+        self,
+        store: dist.Store,
+        rank_index: int,
+        size: int,
+        timeout_s: float,
+        address: str,
+        abandoned: threading.Event | None = None,
+    ) -> None:
         self.rank_index = rank_index
         self.size = size
         self._timeout_s = timeout_s
+        self._abandoned = abandoned or threading.Event()
         self._closed = False
         self._peers: dict[int, socket.socket] = {}
         try:
@@ -55,6 +68,12 @@ class MeshExchange:
         self._swap("sync", dict.fromkeys(self._peers, own), {peer: _bytes(result[peer]) for peer in self._peers})
         gathered: list[list[int]] = result.tolist()
         return gathered
+
+    def heard(self, rank_indexes: Iterable[int]) -> bool:
+        try:
+            return all(self._peers[peer].recv(1, socket.MSG_PEEK) for peer in rank_indexes)
+        except OSError:  # nothing there yet, or the connection broke
+            return False
 
     def dispatch(self, rows: torch.Tensor, tokens_per_rank: Sequence[int]) -> torch.Tensor:
         here = rows.cpu().contiguous()
@@ -92,15 +111,19 @@ class MeshExchange:
                 store.set("token", os.urandom(TOKEN_BYTES).hex())
             # Bound before it is published.
             store.set(str(self.rank_index), f"{address}:{listener.getsockname()[1]}")
-            token = bytes.fromhex(store.get("token").decode())
+            token = bytes.fromhex(self._get(store, "token", deadline))
             for other in range(self.rank_index):
-                host, port = store.get(str(other)).decode().rsplit(":", 1)
+                host, port = self._get(store, str(other), deadline).rsplit(":", 1)
                 peer = socket.create_connection((host, int(port)), self._timeout_s)
                 self._peers[other] = peer
                 peer.sendall(token + struct.pack("!I", self.rank_index))
             while len(self._peers) < self.size - 1:
-                listener.settimeout(max(0.001, deadline - time.monotonic()))
-                peer, _ = listener.accept()
+                listener.settimeout(POLL_S)
+                try:
+                    peer, _ = listener.accept()
+                except TimeoutError:
+                    self._check(deadline)
+                    continue
                 peer.settimeout(max(0.001, deadline - time.monotonic()))
                 hello = peer.recv(TOKEN_BYTES + 4, socket.MSG_WAITALL)
                 if hmac.compare_digest(hello[:TOKEN_BYTES], token):
@@ -112,6 +135,19 @@ class MeshExchange:
             peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
                 peer.setsockopt(socket.SOL_SOCKET, option, SOCKET_BUFFER)
+
+    def _get(self, store: dist.Store, key: str, deadline: float) -> str:
+        while not store.check([key]):
+            self._check(deadline)
+            time.sleep(POLL_S)
+        value: str = store.get(key).decode()
+        return value
+
+    def _check(self, deadline: float) -> None:
+        if self._abandoned.is_set():
+            raise TimeoutError("its epoch was abandoned")
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"not all members came within {self._timeout_s:g} s")
 
     def _swap(self, what: str, outbound: Mapping[int, memoryview], inbound: Mapping[int, memoryview]) -> None:
         """Sends and receives exactly these bytes, all at the same time. Raises PeerLost."""

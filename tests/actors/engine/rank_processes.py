@@ -21,6 +21,7 @@ from actors.engine.blocks import BlockPool
 from actors.engine.config import EngineConfig
 from actors.engine.experts.exchange import Exchange, PeerLost, SoloExchange
 from actors.engine.experts.map import ExpertMap
+from actors.engine.experts.routing import Routing
 from actors.engine.experts.mesh import MeshExchange
 from actors.engine.request import Request
 from actors.engine.runner import ModelRunner, StepFailed
@@ -68,8 +69,8 @@ def run(job: Job) -> Result:
         store = dist.PrefixStore(prefix, dist.TCPStore("127.0.0.1", port, is_master=False))
         exchange = MeshExchange(store, job.rank_index, job.size, job.config.collective_timeout_s, "127.0.0.1")
     try:
-        runner = ModelRunner(job.config, job.load or job.map, job.rank_index, exchange)
-        runner.adopt(job.map, job.rank_index, exchange)
+        runner = ModelRunner(job.config, Routing(job.load or job.map, job.rank_index), exchange)
+        runner.adopt(Routing(job.map, job.rank_index), exchange)
         if job.poison is not None:
             _poison(runner, job.poison)
         return _serve(job, runner, exchange)

@@ -15,6 +15,7 @@ from actors.engine.config import EngineConfig
 from actors.engine.cpu import fuse
 from actors.engine.experts.exchange import SoloExchange
 from actors.engine.experts.planner import Shape, plan
+from actors.engine.experts.routing import Routing
 from actors.engine.model import summarize
 from actors.engine.runner import ModelRunner
 from actors.wire import SamplingParams
@@ -30,7 +31,8 @@ OTHERWISE = {
 def runner(path: Path) -> ModelRunner:
     shape = summarize(path)
     config = EngineConfig(model=str(path), kv_blocks=20, block_size=8, max_model_len=64)
-    return ModelRunner(config, plan(Shape(shape.num_moe_layers, shape.num_experts), (0,)), 0, SoloExchange())
+    routing = Routing(plan(Shape(shape.num_moe_layers, shape.num_experts), (0,)), 0)
+    return ModelRunner(config, routing, SoloExchange())
 
 
 @pytest.mark.parametrize("family", [*tiny_models.MOE_FAMILIES, "llama", "qwen3"])

@@ -16,6 +16,7 @@ from actors.engine.batch import Batch, Slice
 from actors.engine.config import EngineConfig
 from actors.engine.experts.exchange import SoloExchange
 from actors.engine.experts.planner import Shape, plan
+from actors.engine.experts.routing import Routing
 from actors.engine.runner import ModelRunner, StepFailed
 from actors.wire import SamplingParams
 
@@ -27,7 +28,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> EngineConfig:
 
 
 def runner(config: EngineConfig) -> ModelRunner:
-    return ModelRunner(config, plan(Shape(3, 8), (0,)), 0, SoloExchange())
+    return ModelRunner(config, Routing(plan(Shape(3, 8), (0,)), 0), SoloExchange())
 
 
 def piece(tokens: list[int], start: int, samples: bool, first_block: int = 0) -> Slice:
@@ -110,6 +111,6 @@ def test_settings_the_model_cannot_have_are_refused(
 
 def test_a_map_for_another_model_is_refused(config: EngineConfig, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="expert map has 2 layers, the model 3 MoE layers"):
-        ModelRunner(config, plan(Shape(2, 8), (0,)), 0, SoloExchange())
+        ModelRunner(config, Routing(plan(Shape(2, 8), (0,)), 0), SoloExchange())
     with pytest.raises(ValueError, match="expert map is of 6 experts, the model has 8"):
-        ModelRunner(config, plan(Shape(3, 6), (0,)), 0, SoloExchange())
+        ModelRunner(config, Routing(plan(Shape(3, 6), (0,)), 0), SoloExchange())
