@@ -136,6 +136,7 @@ events = st.lists(
         st.tuples(st.just("load"), st.integers(0, 3), st.integers(0, 5), st.integers(0, 5)),
         st.tuples(st.just("old"), st.integers(0, 3)),
         st.tuples(st.just("epoch"), st.sets(st.integers(0, 3), min_size=1)),
+        st.tuples(st.just("leaving"), st.sets(st.integers(0, 3))),
     ),
     max_size=60,
 )
@@ -147,6 +148,7 @@ def test_scores_are_never_below_what_the_client_knows_and_choices_are_minimal(st
     it = balancer([0, 1, 2, 3], offset)
     epoch, members, clock = 1, [0, 1, 2, 3], 1
     loads = dict.fromkeys(members, (0, 0))
+    leaving: set[int] = set()
     own: dict[str, tuple[int, int | None]] = {}
 
     def score(rank):
@@ -158,9 +160,11 @@ def test_scores_are_never_below_what_the_client_knows_and_choices_are_minimal(st
         clock += 1
         if kind == "assign" and str(args[0]) not in own:
             rank = it.assign(str(args[0]))
-            scan = [members[(offset + place) % len(members)] for place in range(len(members))]
-            assert rank == min(scan, key=score)
-            own[str(args[0])] = (rank, None)
+            open_ = [member for member in members if member not in leaving]
+            scan = [open_[(offset + place) % len(open_)] for place in range(len(open_))]
+            assert rank == min(scan, key=score, default=None)
+            if rank is not None:
+                own[str(args[0])] = (rank, None)
         elif kind == "seen" and own.get(str(args[0]), (0, 0))[1] is None:
             it.seen(str(args[0]), 1, clock)
             own[str(args[0])] = (own[str(args[0])][0], clock)
@@ -169,20 +173,24 @@ def test_scores_are_never_below_what_the_client_knows_and_choices_are_minimal(st
             own.pop(str(args[0]), None)
         elif kind == "load" and args[0] in members:
             rank, waiting, running = args
-            it.observe(view(epoch, members, [load(rank, waiting, running, step=clock)]))
+            it.observe(view(epoch, members, [load(rank, waiting, running, step=clock)], leaving=leaving))
             loads[rank] = (waiting, running)
             own = {request: (where, shown) for request, (where, shown) in own.items() if where != rank or shown is None}
         elif kind == "old" and args[0] in members:
             it.observe(
-                view(epoch, members, [load(args[0], 99, 99, step=0)])
+                view(epoch, members, [load(args[0], 99, 99, step=0)], leaving=leaving)
                 if clock > 2 and loads[args[0]] != (0, 0)
                 else view(epoch - 1, [0, 1, 2, 3])
             )
         elif kind == "epoch":
-            epoch, members = epoch + 1, sorted(args[0])
+            epoch, members, leaving = epoch + 1, sorted(args[0]), set()
             it.observe(view(epoch, members))
             for rank in members:
                 it.offer(rank)
             loads = {rank: loads.get(rank, (0, 0)) for rank in members}
             own = {request: (where, shown) for request, (where, shown) in own.items() if where in members}
+        elif kind == "leaving":
+            leaving = args[0] & set(members)
+            it.observe(view(epoch, members, leaving=leaving))
         assert it.ranks == tuple(members)
+        assert it.leaving == tuple(sorted(leaving))

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import random
 
 import pytest
 from scripted_engine import ScriptedGroup
@@ -421,6 +422,66 @@ def test_an_output_of_a_newer_epoch_makes_the_client_ask_for_it():
             assert await task == (expected(300), "length")
 
     run(scenario, ranks=1)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_streams_of_several_front_ends_through_many_resizes(seed):
+    """Ranks join, leave, come back under the same number, lose outputs; views come late; engines and views change in
+    either order. Every stream gets its tokens, each once."""
+    draw = random.Random(seed)
+
+    async def scenario(group):
+        async with contextlib.AsyncExitStack() as stack:
+            clients = [await stack.enter_async_context(connected(group)) for _ in range(3)]
+            done = []
+
+            async def stream(client, name):
+                for turn in range(4):
+                    prompt = [draw.randrange(1000) for _ in range(3)]
+                    got = await collect(client, f"{name}-{turn}", max_tokens=150, prompt=prompt)
+                    assert got == (expected(150, prompt), "length")
+                    done.append(name)
+
+            tasks = [
+                asyncio.create_task(stream(client, f"{index}-{number}"))
+                for index, client in enumerate(clients)
+                for number in range(6)
+            ]
+            old = group.view()
+            while not all(task.done() for task in tasks):
+                await resize(group, draw, old)
+                await asyncio.sleep(draw.uniform(0, 0.02))
+            await asyncio.gather(*tasks)
+            assert len(done) == 72
+            assert all(client.replayed["rank_left"] for client in clients)
+            assert all((client.waiting, client.running) == (0, 0) for client in clients)
+
+    run(scenario, ranks=2)
+
+
+async def resize(group, draw, old):
+    members = [member.rank for member in group.members]
+    kind = draw.choice(["leave", "stay", "late", "lose", "shrink", "shrink", "grow", "grow", "replace"])
+    if kind == "leave":
+        group.leave(draw.sample(members, draw.randrange(len(members))))
+    elif kind == "stay":
+        group.leave([])
+    elif kind == "late":
+        group.send_view(old)
+    elif kind == "lose":
+        group.engines[draw.choice(members)].lose = 2
+    else:
+        if kind == "shrink" and len(members) > 1:
+            members.remove(draw.choice(members))
+        elif kind == "grow" and len(members) < 4:
+            members = sorted([*members, min({0, 1, 2, 3} - set(members))])
+            group.add(next(rank for rank in members if rank not in {member.rank for member in group.members}))
+        elif kind == "replace":
+            group.add(draw.choice(members))  # the same number, another engine
+        steps = draw.choice([[(True, True)], [(True, False), (False, True)]])
+        for engines_too, view_too in steps:
+            group.change(members, engines_too=engines_too, view_too=view_too)
+            await asyncio.sleep(draw.uniform(0, 0.005))
 
 
 def test_a_joining_rank_is_offered_requests_once_it_answers():

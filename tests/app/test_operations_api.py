@@ -1,8 +1,10 @@
 """The endpoints that change the running group: real HTTP, a scripted manager."""
 
+import asyncio
 import contextlib
 import json
 import logging
+import pickle
 import socket
 
 import httpx
@@ -13,6 +15,8 @@ from scripted_manager import ScriptedManager
 
 from app.config import HttpConfig, complaints
 from app.control import AdminKey
+from app.errors import Conflict, InvalidRequest, ScalingFailed
+from app.operations import Operations
 
 SCALE, STATE = "/scale_elastic_ep", "/is_scaling_elastic_ep"
 KEY = "a key of 23 characters"
@@ -231,6 +235,47 @@ def test_rebalancing_and_cancelling():
         assert answers[0].status_code == 503 and "cancelled" in error_of(answers[0])["message"]
 
 
+def test_a_caller_who_leaves_while_the_manager_is_asked_leaves_the_question_with_it():
+    """Serve cancels a request whose caller is gone; the manager may be in the middle of admitting the operation."""
+
+    class Slow(ScriptedManager):
+        async def scale_elastic_ep(self, *arguments):
+            self.asked.append(arguments)
+            await self.go_on.wait()
+            return await super().scale_elastic_ep(*arguments)
+
+    async def scenario():
+        manager = Slow()
+        manager.go_on = asyncio.Event()
+        call = asyncio.create_task(Operations(manager).scale(3))
+        while not manager.asked:
+            await asyncio.sleep(0)
+        call.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await call
+        manager.go_on.set()
+        while not manager.begun:
+            await asyncio.sleep(0)
+
+    asyncio.run(asyncio.wait_for(scenario(), 10))
+
+
+@pytest.mark.parametrize("size", [0, -1, True, "3", 2.0, None])
+def test_a_program_that_asks_for_no_size_is_refused(size):
+    manager = ScriptedManager()
+    with pytest.raises(InvalidRequest, match="give a number of 1 or more"):
+        asyncio.run(Operations(manager).scale(size))
+    assert not manager.asked
+
+
+@pytest.mark.parametrize(
+    "error", [ScalingFailed("rolled back", {"id": "mine"}), Conflict("busy"), InvalidRequest("bad", "retire_ranks")]
+)
+def test_errors_survive_the_way_through_a_deployment_handle(error):
+    again = pickle.loads(pickle.dumps(error))
+    assert type(again) is type(error) and again.body() == error.body() and str(again) == str(error)
+
+
 # --- the admin key ------------------------------------------------------------------------------------------------
 
 MUTATING = [
@@ -248,6 +293,9 @@ def test_what_changes_the_group_needs_the_key(path, body, caplog):
             response = httpx.post(f"{server.url}{path}", json=body, headers=headers)
             assert (response.status_code, error_of(response)["code"]) == (401, "invalid_api_key"), given
             assert response.headers["www-authenticate"] == "Bearer" and KEY not in response.text
+        assert httpx.post(f"{server.url}{path}", json={"nonsense": 1}).status_code == 401, (
+            "before the body is looked at"
+        )
         assert not manager.asked
         manager.refuse = {"refused": "unavailable", "message": "not now"}
         response = httpx.post(f"{server.url}{path}", json=body, headers={"Authorization": f"bearer {KEY}"})
