@@ -50,6 +50,11 @@ class Engine:
         assert self.ready is not None
         return Member(self.rank, self.ready.address, self.group.node_id)
 
+    @property
+    def cause(self) -> str | None:
+        """Why it ended, once it has."""
+        return self.watch.result() if self.watch is not None and self.watch.done() else None
+
     async def ended(self) -> str:
         """Waits for the end of the engine, and gives its cause."""
         try:

@@ -86,12 +86,9 @@ class EngineManager:
         self._refused = ""
         self._change: Change | None = None
         self._work: asyncio.Task[None] | None = None
+        self._repair: asyncio.Task[None] | None = None
         self._operations: dict[str, Operation] = {}
-        self._totals: dict[str, Any] = {
-            "operations": {"done": 0, "rolled_back": 0},
-            "experts_moved": 0,
-            "pause_s_max": 0.0,
-        }
+        self._totals = Totals()
         self._upkeep: list[asyncio.Task[None]] = []
         self._load = LoadWindow(self._engines)
         self._imbalance: float | None = None
@@ -254,7 +251,7 @@ class EngineManager:
             running = self._change.operation
             message = f"operation {running.id} ({running.kind} to {running.to_size} ranks) runs: {running.phase.value}"
             return self._shown(running) | _refusal("busy", message)
-        if self._group.phase != "serving" or self._work is not None:
+        if self._group.phase != "serving" or self._work is not None or self._repair is not None:
             cause = f": {self._group.cause}" if self._group.cause else ""
             return _refusal("unavailable", f"the group is {self._group.phase}{cause}; it must serve to be changed")
         return None
@@ -280,7 +277,7 @@ class EngineManager:
     def _pursue(self) -> None:
         """Goes after the wanted size, unless something is under way; that does it again at its end."""
         wanted, phase = self._memo.wanted, self._group.phase
-        if self._change is not None or self._work is not None:
+        if self._work is not None or self._repair is not None:
             return
         if phase in ("idle", "failed", "lost"):
             self._begin(self._operation("start", wanted, (), None))
@@ -424,20 +421,19 @@ class EngineManager:
             engine.watch.add_done_callback(lambda watch: self._lost(engine, watch))
 
     def _lost(self, engine: Engine, watch: asyncio.Task[str]) -> None:
-        if not watch.cancelled() and self._group.phase == "serving":
-            self._group.set("restarting", cause=f"dp_rank_{engine.rank} ended: {watch.result()}")
-            self._repair = asyncio.create_task(self._replace_group(engine.rank, watch.result()))
+        if not watch.cancelled() and self._group.phase == "serving" and self._repair is None:
+            self._repair = asyncio.create_task(self._replace_group(engine))
 
-    async def _replace_group(self, rank: int, cause: str) -> None:
+    async def _replace_group(self, lost: Engine) -> None:
         """A rank is gone and its peers can't step without it: makes the group anew, unless that happened too often.
 
         Clients keep their requests meanwhile, and continue them in the new epoch with the tokens they have.
         """
         # A survivor of a broken collective only knows that a peer is gone: give the peer's own death time to show.
         await asyncio.sleep(ROOT_CAUSE_S)
-        causes = {e.rank: e.watch.result() for e in self._engines if e.watch is not None and e.watch.done()}
-        first = next((r for r, c in causes.items() if "PeerLost" not in c), rank)
-        cause = f"dp_rank_{first} ended: {causes.get(first, cause)}"
+        causes = {engine.rank: engine.cause for engine in [lost, *self._engines] if engine.cause is not None}
+        first = next((rank for rank, cause in causes.items() if "PeerLost" not in cause), lost.rank)
+        cause = f"dp_rank_{first} ended: {causes[first]}"
         logger.error("the group broke: %s", cause)
         now = asyncio.get_running_loop().time()
         self._losses = [loss for loss in self._losses if now - loss < RESTART_WINDOW_S] + [now]
@@ -445,6 +441,7 @@ class EngineManager:
         self._group.set("restarting" if again else "lost", cause=cause)
         await self._interrupt(f"the group broke: {cause}")
         await self._tear_down()
+        self._repair = None
         if again:
             self._begin(self._operation("start", self._memo.wanted, (), None))
 

@@ -21,8 +21,13 @@ def _engine(pipe: Connection, rank: int, index: int, size: int, config: EngineCo
     import threading
 
     from actors.engine.core import EngineCore
+    from actors.engine.experts.planner import Shape, plan
+    from actors.engine.model import summarize
 
-    core = EngineCore.build(rank, index, size, config, IP, keys, lambda doing: None)
+    shape = summarize(config.model)
+    slots = config.expert_slots or -(-shape.num_experts // config.min_data_parallel_size)
+    expert_map = plan(Shape(shape.num_moe_layers, shape.num_experts, slots), range(size))
+    core = EngineCore.build(rank, index, expert_map, config, IP, keys, lambda doing: None)
     pipe.send(core.mailbox.address)
     store = None
     thread: threading.Thread | None = None
@@ -36,7 +41,8 @@ def _engine(pipe: Connection, rank: int, index: int, size: int, config: EngineCo
         elif call == "join":
             epoch, address, coordinator = args
             core.mailbox.connect_coordinator(coordinator)
-            core.join(epoch, address)
+            core.prepare(epoch, expert_map, address)
+            core.enter(epoch.number)
             thread = threading.Thread(target=core.run)
             thread.start()
             pipe.send(None)

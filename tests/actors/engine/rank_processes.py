@@ -21,8 +21,8 @@ from actors.engine.blocks import BlockPool
 from actors.engine.config import EngineConfig
 from actors.engine.experts.exchange import Exchange, PeerLost, SoloExchange
 from actors.engine.experts.map import ExpertMap
-from actors.engine.experts.routing import Routing
 from actors.engine.experts.mesh import MeshExchange
+from actors.engine.experts.routing import Routing
 from actors.engine.request import Request
 from actors.engine.runner import ModelRunner, StepFailed
 from actors.engine.scheduler import Scheduler
