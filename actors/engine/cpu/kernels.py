@@ -39,40 +39,6 @@ def _exp2(x):  # type: ignore[no-untyped-def]
 
 
 @njit(
-    "void(float32[:, ::1], float32[:, ::1], float32[::1], float32[:, ::1], int64)",
-    fastmath=FLAGS,
-    error_model="numpy",
-    nogil=True,
-    cache=True,
-)
-def few_rows(weight, x, bias, out, offset):  # type: ignore[no-untyped-def]
-    """``out[n, offset:offset + o] = x [n, i] @ weight [o, i].T``, plus those elements of ``bias``, if it has any.
-
-    The weight is read once, at the speed of memory; good for a handful of rows.
-    """
-    rows, width = x.shape
-    for column in range(weight.shape[0]):
-        w = weight[column]
-        start = ZERO
-        if bias.shape[0]:
-            start = bias[offset + column]
-        for row in range(0, rows - 1, 2):
-            x0, x1 = x[row], x[row + 1]
-            sum0 = sum1 = ZERO
-            for i in range(width):
-                sum0 += w[i] * x0[i]
-                sum1 += w[i] * x1[i]
-            out[row, offset + column] = start + sum0
-            out[row + 1, offset + column] = start + sum1
-        if rows % 2:
-            x0 = x[rows - 1]
-            sum0 = ZERO
-            for i in range(width):
-                sum0 += w[i] * x0[i]
-            out[rows - 1, offset + column] = start + sum0
-
-
-@njit(
     "void(float32[:, ::1], float32[::1], float32, float32[:, ::1])",
     fastmath=FLAGS,
     error_model="numpy",
