@@ -42,6 +42,21 @@ def run(work: Any, tasks: int, arguments: Sequence[int]) -> None:
         _parallel(work.address, data, threads, 0)
 
 
+def _pointer_to(kind: Any) -> Any:
+    @intrinsic
+    def pointer(typing: Any, address: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
+
+        return types.CPointer(kind)(types.int64), generate
+
+    return pointer
+
+
+# An address, int64, as a pointer.
+floats, integers = _pointer_to(types.float32), _pointer_to(types.int64)
+
+
 @intrinsic
 def take(typing: Any, counter: Any) -> Any:
     """The next of the numbers 0, 1, 2, ... that ``counter``, a pointer to int64, has not given to any thread yet."""
