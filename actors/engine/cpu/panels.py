@@ -34,6 +34,11 @@ COLUMNS = 2 * _LANES
 ROWS = 12 if "+avx512f" in _FEATURES or not _X86 else 6
 """Most rows of a tile: its sums take 24 of 32 vector registers, or 12 of 16."""
 _SIZE = 4  # bytes of a float32
+_ROW = COLUMNS * _SIZE  # of a panel
+# Rows of a panel that stay in a core's cache (256 KiB of AVX-512's panels) from one tile to the next.
+_DEEPEST = 2048
+# Rows of x a multiple of this apart would share a few lines of the first cache, so they are moved apart.
+_PAGE = 4096
 _SHARES = 4  # tasks per thread: the cores of a shared machine are not equally fast
 
 _INT, _FLOAT = ir.IntType(64), ir.FloatType()
@@ -41,11 +46,14 @@ _VECTOR = ir.VectorType(_FLOAT, _LANES)
 
 
 def _write_tile(module: ir.Module, rows: int) -> ir.Function:
-    """``void(panel, depth, x, x_step, out, out_step, bias)``: ``out = bias + x @ panel``; addresses, steps in bytes."""
-    function = ir.Function(module, ir.FunctionType(ir.VoidType(), [_INT] * 7), f"accordion_tile_{rows}")
+    """``void(panel, depth, x, x_step, out, out_step, start, start_step)``: ``out = start + x @ panel``.
+
+    These are addresses, and the bytes from one row to the next; ``depth`` is at least 1.
+    """
+    function = ir.Function(module, ir.FunctionType(ir.VoidType(), [_INT] * 8), f"accordion_tile_{rows}")
     function.linkage = "internal"
     function.attributes.add("noinline")
-    panel, depth, x, x_step, out, out_step, bias = function.args
+    panel, depth, x, x_step, out, out_step, start, start_step = function.args
     entry, loop, end = (function.append_basic_block() for _ in range(3))
     builder = ir.IRBuilder(entry)
 
@@ -65,7 +73,7 @@ def _write_tile(module: ir.Module, rows: int) -> ir.Function:
         fma = get_or_insert_function(module, kind, f"llvm.fma.v{_LANES}f32")
         return builder.call(fma, [element, weight, so_far])
 
-    start = load(bias)
+    first = [load(builder.add(start, builder.mul(start_step, _INT(row)))) for row in range(rows)]
     sources = [builder.add(x, builder.mul(x_step, _INT(row))) for row in range(rows)]
     builder.branch(loop)
 
@@ -74,24 +82,24 @@ def _write_tile(module: ir.Module, rows: int) -> ir.Function:
     sums = [[builder.phi(_VECTOR) for _ in range(2)] for _ in range(rows)]
     weights = load(builder.add(panel, builder.mul(index, _INT(COLUMNS * _SIZE))))
     results = []
-    for source, row in zip(sources, sums, strict=True):
+    for source, so_far in zip(sources, sums, strict=True):
         scalar = builder.load(at(source, builder.mul(index, _INT(_SIZE)), _FLOAT), align=_SIZE)
         element = builder.insert_element(_VECTOR(ir.Undefined), scalar, ir.IntType(32)(0))
         element = builder.shuffle_vector(element, _VECTOR(ir.Undefined), ir.VectorType(ir.IntType(32), _LANES)(None))
-        results.append([add_product(element, *pair) for pair in zip(weights, row, strict=True)])
+        results.append([add_product(element, *pair) for pair in zip(weights, so_far, strict=True)])
     following = builder.add(index, _INT(1))
     builder.cbranch(builder.icmp_signed("<", following, depth), loop, end)
     index.add_incoming(_INT(0), entry)
     index.add_incoming(following, loop)
-    for row, result in zip(sums, results, strict=True):
+    for row in range(rows):
         for half in range(2):
-            row[half].add_incoming(start[half], entry)
-            row[half].add_incoming(result[half], loop)
+            sums[row][half].add_incoming(first[row][half], entry)
+            sums[row][half].add_incoming(results[row][half], loop)
 
     builder.position_at_end(end)
-    for number, result in enumerate(results):
-        target = builder.add(out, builder.mul(out_step, _INT(number)))
-        for place, value in zip(halves(target), result, strict=True):
+    for row in range(rows):
+        target = builder.add(out, builder.mul(out_step, _INT(row)))
+        for place, value in zip(halves(target), results[row], strict=True):
             builder.store(value, place, align=_SIZE)
     builder.ret_void()
     return function
@@ -99,7 +107,16 @@ def _write_tile(module: ir.Module, rows: int) -> ir.Function:
 
 @intrinsic
 def _tile(
-    typing: Any, rows: Any, panel: Any, depth: Any, x: Any, x_step: Any, out: Any, out_step: Any, bias: Any
+    typing: Any,
+    rows: Any,
+    panel: Any,
+    depth: Any,
+    x: Any,
+    x_step: Any,
+    out: Any,
+    out_step: Any,
+    start: Any,
+    start_step: Any,
 ) -> Any:
     """The tile of ``rows`` (1 to ROWS) rows; the other arguments are those of ``_write_tile``."""
 
@@ -114,14 +131,15 @@ def _tile(
             builder.branch(end)
         builder.position_at_end(end)
 
-    return types.void(*[types.int64] * 8), generate
+    return types.void(*[types.int64] * 9), generate
 
 
 @cfunc("void(CPointer(int64))", error_model="numpy", cache=True)
 def _multiply(task):  # type: ignore[no-untyped-def]
     """See ``Panels.multiply``. A task is ``chunk`` panels of a group's weight for all rows of the group."""
-    _, panels, bias, x, out, depth, per_weight, chunk, groups = carray(task, 9)
-    spans = carray(task, 9 + 3 * groups)[9:]
+    _, panels, biases, x, x_step, out, depth, per_weight, chunk, groups = carray(task, 10)
+    spans = carray(task, 10 + 3 * groups)[10:]
+    out_step = per_weight * _ROW
     chunks = (per_weight + chunk - 1) // chunk
     while True:
         index = threads.take(task)
@@ -132,20 +150,24 @@ def _multiply(task):  # type: ignore[no-untyped-def]
         tiles = (end - start + ROWS - 1) // ROWS
         for panel in range(first, min(first + chunk, per_weight)):
             place = weight * per_weight + panel
-            row = start
-            for tile in range(1, tiles + 1):
-                following = start + (end - start) * tile // tiles  # tiles as even as can be
-                _tile(
-                    following - row,
-                    panels + place * depth * COLUMNS * _SIZE,
-                    depth,
-                    x + row * depth * _SIZE,
-                    depth * _SIZE,
-                    out + (row * per_weight + panel) * COLUMNS * _SIZE,
-                    per_weight * COLUMNS * _SIZE,
-                    bias + place * COLUMNS * _SIZE,
-                )
-                row = following
+            bias = biases + place * _ROW
+            for below in range(0, depth, _DEEPEST):
+                row = start
+                for number in range(1, tiles + 1):
+                    following = start + (end - start) * number // tiles  # tiles as even as can be
+                    target = out + row * out_step + panel * _ROW
+                    _tile(
+                        following - row,
+                        panels + (place * depth + below) * _ROW,
+                        min(_DEEPEST, depth - below),
+                        x + row * x_step + below * _SIZE,
+                        x_step,
+                        target,
+                        out_step,
+                        target if below else bias,
+                        out_step if below else 0,
+                    )
+                    row = following
 
 
 class Panels:
@@ -173,7 +195,7 @@ class Panels:
 
         The groups cover all rows.
         """
-        x = x.contiguous()
+        x = _apart(x) if len(x) > 1 and self._depth * _SIZE % _PAGE == 0 else x.contiguous()
         out = torch.empty(len(x), self._per_weight * COLUMNS)
         chunk = -(-self._per_weight * len(groups) // (_SHARES * torch.get_num_threads()))
         chunk = min(chunk, self._per_weight)
@@ -184,6 +206,7 @@ class Panels:
                 self._panels.data_ptr(),
                 self._biases.data_ptr(),
                 x.data_ptr(),
+                x.stride(0) * _SIZE,
                 out.data_ptr(),
                 self._depth,
                 self._per_weight,
@@ -193,3 +216,9 @@ class Panels:
             ],
         )
         return out if out.shape[1] == self._width else out[:, : self._width].contiguous()
+
+
+def _apart(x: torch.Tensor) -> torch.Tensor:
+    """``x`` with the room of a cache line, 64 bytes, after every row."""
+    room = x.new_empty(len(x), x.shape[1] + 16)[:, : x.shape[1]]
+    return room.copy_(x)
