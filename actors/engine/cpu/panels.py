@@ -5,8 +5,8 @@ is summed in vector registers alone (outer products, as in K. Goto and R. van de
 Matrix Multiplication", 2008): each vector of weights serves all its rows, each element of ``x`` all its columns. So a
 panel comes from memory once, in order, and from the core's cache for the tiles after the first.
 
-Any tile sums an output in the same order, one chain of fused multiply-adds along ``in``: a row's result depends
-neither on the rows beside it nor on the number of threads.
+Any tile sums an output in the same order, fused multiply-adds along ``in``: a row's result depends neither on the rows
+beside it nor on the number of threads.
 """
 
 from __future__ import annotations
@@ -35,8 +35,9 @@ ROWS = 12 if "+avx512f" in _FEATURES or not _X86 else 6
 """Most rows of a tile: its sums take 24 of 32 vector registers, or 12 of 16."""
 _SIZE = 4  # bytes of a float32
 _ROW = COLUMNS * _SIZE  # of a panel
-# Rows of a panel that stay in a core's cache (256 KiB of AVX-512's panels) from one tile to the next.
-_DEEPEST = 2048
+# Steps along ``in`` summed on their own: that much of a panel stays in cache from one tile to the next, and rounding
+# errors grow with the length of a sum.
+_DEEPEST = 512
 # Rows of x a multiple of this apart would share a few lines of the first cache, so they are moved apart.
 _PAGE = 4096
 _SHARES = 4  # tasks per thread: the cores of a shared machine are not equally fast
@@ -73,7 +74,6 @@ def _write_tile(module: ir.Module, rows: int) -> ir.Function:
         fma = get_or_insert_function(module, kind, f"llvm.fma.v{_LANES}f32")
         return builder.call(fma, [element, weight, so_far])
 
-    first = [load(builder.add(start, builder.mul(start_step, _INT(row)))) for row in range(rows)]
     sources = [builder.add(x, builder.mul(x_step, _INT(row))) for row in range(rows)]
     builder.branch(loop)
 
@@ -93,14 +93,15 @@ def _write_tile(module: ir.Module, rows: int) -> ir.Function:
     index.add_incoming(following, loop)
     for row in range(rows):
         for half in range(2):
-            sums[row][half].add_incoming(first[row][half], entry)
+            sums[row][half].add_incoming(_VECTOR(None), entry)
             sums[row][half].add_incoming(results[row][half], loop)
 
     builder.position_at_end(end)
     for row in range(rows):
         target = builder.add(out, builder.mul(out_step, _INT(row)))
-        for place, value in zip(halves(target), results[row], strict=True):
-            builder.store(value, place, align=_SIZE)
+        before = load(builder.add(start, builder.mul(start_step, _INT(row))))
+        for place, *parts in zip(halves(target), before, results[row], strict=True):
+            builder.store(builder.fadd(*parts), place, align=_SIZE)
     builder.ret_void()
     return function
 

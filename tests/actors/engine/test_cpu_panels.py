@@ -56,7 +56,7 @@ def test_a_row_does_not_depend_on_the_rows_beside_it(depth: int) -> None:
     panels, weights, biases = filled(1, 4 * COLUMNS, depth)
     x = torch.randn(3 * ROWS, depth)
     alone = torch.cat([panels.multiply(row[None], [(0, 1, 0)]) for row in x])
-    torch.testing.assert_close(alone, torch.nn.functional.linear(x, weights[0], biases[0]), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(alone, torch.nn.functional.linear(x, weights[0], biases[0]), rtol=1e-4, atol=2e-4)
     for rows in range(2, len(x) + 1):
         assert torch.equal(panels.multiply(x[:rows], [(0, rows, 0)]), alone[:rows])
 
