@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from dataclasses import dataclass
 
 import ray
@@ -48,8 +49,9 @@ class Siblings:
 
     def engines(self) -> list[ActorHandle]:
         """Engines that run under this deployment version, whoever launched them."""
-        return [
-            ray.get_actor(actor["name"], namespace=actor["namespace"])
-            for actor in list_named_actors(all_namespaces=True)
-            if actor["namespace"] == self.namespace and actor["name"].startswith("dp_rank_")
-        ]
+        found = []
+        for actor in list_named_actors(all_namespaces=True):
+            if actor["namespace"] == self.namespace and actor["name"].startswith("dp_rank_"):
+                with contextlib.suppress(ValueError):  # it ended since it was listed
+                    found.append(ray.get_actor(actor["name"], namespace=actor["namespace"]))
+        return found

@@ -90,11 +90,12 @@ class Application:
 
     @property
     def engines(self) -> dict[str, Any]:
-        return {
-            actor["name"]: ray.get_actor(actor["name"], namespace=actor["namespace"])
-            for actor in list_named_actors(all_namespaces=True)
-            if actor["namespace"] == self.siblings.namespace
-        }
+        found = {}
+        for actor in list_named_actors(all_namespaces=True):
+            if actor["namespace"] == self.siblings.namespace:
+                with contextlib.suppress(ValueError):  # it ended since it was listed
+                    found[actor["name"]] = ray.get_actor(actor["name"], namespace=actor["namespace"])
+        return found
 
     def pids(self) -> dict[str, int]:
         return {name: ray.get(handle.hello.remote()).pid for name, handle in self.engines.items()}

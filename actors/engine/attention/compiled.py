@@ -12,6 +12,7 @@ import torch
 from actors.engine.attention.base import KVShape
 from actors.engine.attention.torch_sdpa import Decode, TorchPagedAttention
 from actors.engine.cpu import kernels
+from actors.engine.cpu.attend import attend
 
 
 @dataclass
@@ -19,15 +20,12 @@ class _Table:
     """All decodes of a step. ``blocks [B, n]``, of which a row uses as many as its length needs."""
 
     rows: torch.Tensor | slice
-    blocks: np.ndarray
-    lengths: np.ndarray
+    blocks: torch.Tensor
+    lengths: torch.Tensor
 
 
 class CompiledPagedAttention(TorchPagedAttention):
-    """See ``PagedAttention``. Slices of several tokens run as in the base class.
-
-    One thread does it, whatever torch uses: it waits for memory, and a second one was no faster.
-    """
+    """See ``PagedAttention``. Slices of several tokens run as in the base class."""
 
     def __init__(self, shapes: Sequence[KVShape], num_blocks: int, block_size: int) -> None:
         super().__init__(shapes, num_blocks, block_size, torch.float32, torch.device("cpu"))
@@ -40,7 +38,8 @@ class CompiledPagedAttention(TorchPagedAttention):
         for row, decode in zip(blocks, decodes, strict=True):
             row[: len(decode.blocks)] = decode.blocks
         rows = [decode.row for decode in decodes]
-        return [_Table(self._rows(rows), blocks, np.array([decode.length for decode in decodes]))]
+        lengths = self._index([decode.length for decode in decodes])
+        return [_Table(self._rows(rows), torch.from_numpy(blocks), lengths)]
 
     def _store(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
         targets = self._targets.numpy()
@@ -57,11 +56,7 @@ class CompiledPagedAttention(TorchPagedAttention):
         window: int | None,
         sinks: torch.Tensor | None,
     ) -> torch.Tensor:
-        keys, values = self._pools[layer]
+        keys, values = self.keys[layer], self.values[layer]
         queries = query.transpose(0, 1).contiguous()
-        out = torch.empty(*queries.shape[:2], values.shape[3])
-        logits = kernels.NONE if sinks is None else sinks.float().contiguous().numpy()
-        kernels.attend(
-            queries.numpy(), keys, values, group.blocks, group.lengths, scaling, window or 0, logits, out.numpy()
-        )
-        return out
+        logits = None if sinks is None else sinks.float().contiguous()
+        return attend(queries, keys, values, group.blocks, group.lengths, scaling, window or 0, logits)

@@ -4,7 +4,9 @@ import torch
 
 
 def supported(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether this build of torch and this processor have packed products of ``dtype``."""
-    if device.type != "cpu" or not torch.backends.mkldnn.is_available():
+    """Whether there are packed products of ``dtype``: ours of float32, oneDNN's of bfloat16 if it has them."""
+    if device.type != "cpu":
         return False
-    return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    if dtype == torch.bfloat16:
+        return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return dtype == torch.float32

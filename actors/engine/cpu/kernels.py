@@ -19,12 +19,9 @@ ZERO, ONE, HALF = np.float32(0), np.float32(1), np.float32(0.5)
 # Below this a power of two leaves float32's normal numbers; it weighs nothing in a softmax.
 LOWEST = np.float32(-126)
 
-NONE = np.empty(0, np.float32)
-"""Given for a bias or sinks that are absent."""
-
 
 @njit(fastmath=FLAGS, inline="always")
-def _exp2(x):  # type: ignore[no-untyped-def]
+def exp2(x):  # type: ignore[no-untyped-def]
     """2 to the ``x``, for ``x`` in -126 .. 126: the polynomial of exp2f in the Cephes library (S. Moshier)."""
     whole = np.floor(x + HALF)
     part = x - whole
@@ -36,40 +33,6 @@ def _exp2(x):  # type: ignore[no-untyped-def]
     value = value * part + np.float32(6.931472028550421e-1)
     value = value * part + ONE
     return value * np.int32((np.int32(whole) + np.int32(127)) << np.int32(23)).view(np.float32)
-
-
-@njit(
-    "void(float32[:, ::1], float32[:, ::1], float32[::1], float32[:, ::1], int64)",
-    fastmath=FLAGS,
-    error_model="numpy",
-    nogil=True,
-    cache=True,
-)
-def few_rows(weight, x, bias, out, offset):  # type: ignore[no-untyped-def]
-    """``out[n, offset:offset + o] = x [n, i] @ weight [o, i].T``, plus those elements of ``bias``, if it has any.
-
-    The weight is read once, at the speed of memory; good for a handful of rows.
-    """
-    rows, width = x.shape
-    for column in range(weight.shape[0]):
-        w = weight[column]
-        start = ZERO
-        if bias.shape[0]:
-            start = bias[offset + column]
-        for row in range(0, rows - 1, 2):
-            x0, x1 = x[row], x[row + 1]
-            sum0 = sum1 = ZERO
-            for i in range(width):
-                sum0 += w[i] * x0[i]
-                sum1 += w[i] * x1[i]
-            out[row, offset + column] = start + sum0
-            out[row + 1, offset + column] = start + sum1
-        if rows % 2:
-            x0 = x[rows - 1]
-            sum0 = ZERO
-            for i in range(width):
-                sum0 += w[i] * x0[i]
-            out[rows - 1, offset + column] = start + sum0
 
 
 @njit(
@@ -100,7 +63,7 @@ def silu_and_mul(x, out):  # type: ignore[no-untyped-def]
         gate, up, target = x[row, :width], x[row, width:], out[row]
         for i in range(width):
             power = min(max(-gate[i] * LOG2_E, LOWEST), -LOWEST)  # fast: any NaN comes back with the product
-            target[i] = gate[i] / (ONE + _exp2(power)) * up[i]
+            target[i] = gate[i] / (ONE + exp2(power)) * up[i]
 
 
 @njit(
@@ -150,85 +113,3 @@ def store(pool, new, targets):  # type: ignore[no-untyped-def]
             source, target = new[token, head], pool[head, targets[token]]
             for i in range(pool.shape[2]):
                 target[i] = source[i]
-
-
-@njit(fastmath=FLAGS, error_model="numpy", nogil=True)
-def _softmax(scores, scaling, sinks, head):  # type: ignore[no-untyped-def]
-    largest, check = -np.float32(np.inf), ZERO
-    for i in range(len(scores)):
-        scores[i] *= scaling
-        check += scores[i]
-        largest = max(largest, scores[i])
-    whole = ZERO
-    if not np.isfinite(check):
-        whole = np.float32(np.nan)  # a comparison may have lost it
-    if sinks.shape[0]:
-        largest = max(largest, sinks[head])
-        whole += _exp2(max((sinks[head] - largest) * LOG2_E, LOWEST))
-    for i in range(len(scores)):
-        scores[i] = _exp2(max((scores[i] - largest) * LOG2_E, LOWEST))
-        whole += scores[i]
-    for i in range(len(scores)):
-        scores[i] /= whole
-
-
-@njit(fastmath=FLAGS, error_model="numpy", nogil=True)
-def _add_weighted(rows, weights, out):  # type: ignore[no-untyped-def]
-    """``out [w] += weights [n] @ rows [n, w]``, four rows at a time so that ``out`` is read and written less often."""
-    whole = len(weights) // 4 * 4
-    for i in range(0, whole, 4):
-        r0, r1, r2, r3 = rows[i], rows[i + 1], rows[i + 2], rows[i + 3]
-        w0, w1, w2, w3 = weights[i], weights[i + 1], weights[i + 2], weights[i + 3]
-        for j in range(len(out)):
-            out[j] += w0 * r0[j] + w1 * r1[j] + w2 * r2[j] + w3 * r3[j]
-    for i in range(whole, len(weights)):
-        row, weight = rows[i], weights[i]
-        for j in range(len(out)):
-            out[j] += weight * row[j]
-
-
-@njit(
-    "void(float32[:, :, ::1], float32[:, :, :, ::1], float32[:, :, :, ::1], int64[:, ::1], int64[::1], float32, int64,"
-    " float32[::1], float32[:, :, ::1])",
-    fastmath=FLAGS,
-    error_model="numpy",
-    nogil=True,
-    cache=True,
-)
-def attend(query, keys, values, table, lengths, scaling, window, sinks, out):  # type: ignore[no-untyped-def]
-    """Each row of ``query [B, h, w]`` attends to the last ``window`` (0: all) of ``lengths[b]`` cached tokens.
-
-    ``keys [k, blocks, size, w]`` and ``values [k, blocks, size, v]`` are pools, ``table [B, n]`` each sequence's
-    blocks; ``sinks [h]`` (or ``NONE``): one more logit of each head, without a value. Fills ``out [B, h, v]``.
-    """
-    shared, size = keys.shape[0], keys.shape[2]
-    group = query.shape[1] // shared
-    weights = np.empty((group, table.shape[1] * size), np.float32)
-    for sequence in range(query.shape[0]):
-        end = lengths[sequence]
-        start = max(0, end - window) if window > 0 else 0
-        for head in range(shared):
-            for index in range(start // size, (end + size - 1) // size):
-                block = keys[head, table[sequence, index]]
-                for member in range(group):
-                    q = query[sequence, head * group + member]
-                    for i in range(min(size, end - index * size)):
-                        k = block[i]
-                        score = ZERO
-                        for j in range(k.shape[0]):
-                            score += q[j] * k[j]
-                        weights[member, index * size + i] = score
-            for member in range(group):
-                _softmax(weights[member, start:end], scaling, sinks, head * group + member)
-                target = out[sequence, head * group + member]
-                for j in range(target.shape[0]):
-                    target[j] = ZERO
-            for index in range(start // size, (end + size - 1) // size):
-                block = values[head, table[sequence, index]]
-                first, last = max(start, index * size), min(end, (index + 1) * size)
-                for member in range(group):
-                    _add_weighted(
-                        block[first - index * size : last - index * size],
-                        weights[member, first:last],
-                        out[sequence, head * group + member],
-                    )

@@ -1,66 +1,68 @@
-"""Linear layers on CPU: projections of the same input as one product, compiled for few rows and packed for more.
+"""Linear layers on CPU: projections of the same input as one product.
 
-A step of decoding reads every weight for a handful of rows, so what counts is the speed of memory: a plain loop reads
-at it, oneDNN's products at about half of it, whatever the layout. From a few rows on arithmetic counts, and oneDNN's
-blocked layout is best. So both are kept: the weight as it was given (for a dense layer pages of the checkpoint, which
-the ranks of a node share) and a packed copy.
+float32 weights stand in our panels, others in oneDNN's blocked layout; both are copies, in the order in which a product
+reads them. The weights as they were given remain pages of the checkpoint, which cost no memory once they are not read.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from typing import Protocol
 
 import torch
 
-from actors.engine.cpu import kernels
+from actors.engine.cpu.panels import Panels
 
-# The number of rows the layout is chosen for; it serves any number. Measured best over 1 to 256 rows.
+# The number of rows oneDNN's layout is chosen for; it serves any number. Measured best over 1 to 256 rows.
 _ROWS = 32
-# Fewer rows are slower than this many in a packed product (by a fifth), so they are padded.
+# Fewer rows are slower than this many in oneDNN's product (by a fifth), so they are padded.
 _FEWEST = 5
-# Up to this many rows one compiled thread beats packed products on one thread; it reads as fast as two can.
-_FEW_OF_ONE_THREAD, _FEW_OF_MORE = 4, 1
 
 
 class Linear:
     """``x [..., in] -> [..., out]``, where the weights ``[out_i, in]`` stand one below the other.
 
-    Biases are ``[out_i]`` or None. Weights must not change afterwards.
+    Biases are ``[out_i]`` or None. All are copied.
     """
 
     def __init__(self, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor | None] = ()) -> None:
         self.sizes = [len(weight) for weight in weights]
-        self._out = sum(self.sizes)
-        joined = torch.cat(list(weights)) if len(weights) > 1 else weights[0].contiguous()
-        self._packed = torch.ops.mkldnn._reorder_linear_weight(joined, _ROWS)
-        self._bias = None
+        weight = torch.cat(list(weights)) if len(weights) > 1 else weights[0]
+        bias = None
         if any(bias is not None for bias in biases):
             parts = zip(self.sizes, biases, strict=True)
-            self._bias = torch.cat([joined.new_zeros(size) if bias is None else bias for size, bias in parts])
-        self._few = 0
-        if joined.dtype == torch.float32:
-            self._few = _FEW_OF_ONE_THREAD if torch.get_num_threads() == 1 else _FEW_OF_MORE
-            self._weights = [weight.contiguous().numpy() for weight in weights]
-            self._bias_array = kernels.NONE if self._bias is None else self._bias.numpy()
+            bias = torch.cat([weight.new_zeros(size) if bias is None else bias for size, bias in parts])
+        make = _InPanels if weight.dtype == torch.float32 else _InBlocks
+        self._product: _Product = make(weight, bias)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        rows = x.numel() // x.shape[-1]
-        if rows <= self._few:
-            return self._compute_few(x, rows)
-        flat = x.reshape(rows, x.shape[-1])
-        if rows < _FEWEST:
-            flat = torch.nn.functional.pad(flat, (0, 0, 0, _FEWEST - rows))
-        output: torch.Tensor = torch.ops.mkldnn._linear_pointwise(flat, self._packed, self._bias, "none", [], "")
-        return output.narrow(0, 0, rows).view(*x.shape[:-1], self._out)
+        return self._product.of(x.reshape(-1, x.shape[-1])).view(*x.shape[:-1], sum(self.sizes))
 
-    def _compute_few(self, x: torch.Tensor, rows: int) -> torch.Tensor:
-        output = torch.empty(*x.shape[:-1], self._out)
-        source, target = x.reshape(rows, x.shape[-1]).contiguous().numpy(), output.view(rows, self._out).numpy()
-        offset = 0
-        for weight in self._weights:
-            kernels.few_rows(weight, source, self._bias_array, target, offset)
-            offset += len(weight)
-        return output
+
+class _Product(Protocol):
+    def of(self, x: torch.Tensor) -> torch.Tensor:
+        """``x [n, in] -> [n, out]``"""
+
+
+class _InPanels:
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+        self._panels = Panels(1, *weight.shape)
+        self._panels.fill(0, weight, bias)
+
+    def of(self, x: torch.Tensor) -> torch.Tensor:
+        return self._panels.multiply(x, [(0, len(x), 0)])
+
+
+class _InBlocks:
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+        self._blocks, self._bias = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), _ROWS), bias
+
+    def of(self, x: torch.Tensor) -> torch.Tensor:
+        rows = len(x)
+        if rows < _FEWEST:
+            x = torch.nn.functional.pad(x, (0, 0, 0, _FEWEST - rows))
+        output: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, self._blocks, self._bias, "none", [], "")
+        return output.narrow(0, 0, rows)
 
 
 def join(groups: Iterable[Sequence[torch.nn.Linear]]) -> dict[tuple[torch.nn.Linear, ...], Linear]:

@@ -7,6 +7,7 @@ token's k results are weighted and summed in k order, so that the sum does not d
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -157,14 +158,10 @@ class Experts:
         if not len(slots):
             return rows.new_empty(0, self.hidden)
         order = np.argsort(slots, kind="stable")
-        gathered = rows.index_select(0, self._index(tokens[order]))
-        outputs = []
-        start = 0
-        for slot, end in enumerate(np.cumsum(np.bincount(slots, minlength=self._num_slots)).tolist()):
-            if start < end:
-                outputs.append(self.layers[layer].compute(gathered[start:end], slot))
-                start = end
-        return torch.cat(outputs).index_select(0, self._index(_inverse(order)))
+        borders = np.searchsorted(slots[order], np.arange(self._num_slots + 1)).tolist()
+        groups = [(start, end, slot) for slot, (start, end) in enumerate(itertools.pairwise(borders)) if start < end]
+        results = self.layers[layer].compute(rows.index_select(0, self._index(tokens[order])), groups)
+        return results.index_select(0, self._index(_inverse(order)))
 
     def _index(self, values: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(values).to(self.device)

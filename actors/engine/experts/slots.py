@@ -6,13 +6,16 @@ meta device, or become the slots.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch.nn.functional import linear
 
 from actors.engine import cpu
+
+Group = tuple[int, int, int]
+"""Rows ``start .. end - 1`` belong to a slot: ``(start, end, slot)``."""
 
 
 class ExpertSlots(Protocol):
@@ -22,15 +25,18 @@ class ExpertSlots(Protocol):
     def put(self, slot: int, expert: Any) -> None:
         """Put what ``make`` made into ``slot``, between two steps; takes next to no time."""
 
-    def compute(self, rows: torch.Tensor, slot: int) -> torch.Tensor:
-        """The expert in ``slot`` applied to ``rows [n, hidden]``; ``[n, hidden]``."""
+    def compute(self, rows: torch.Tensor, groups: Sequence[Group]) -> torch.Tensor:
+        """The experts in their slots applied to ``rows [n, hidden]``; ``[n, hidden]``.
+
+        ``groups`` cover the rows in order, at least one row each. Raises LookupError if one's slot is empty.
+        """
 
 
 def allocate(module: torch.nn.Module, num_slots: int, dtype: torch.dtype, device: torch.device) -> ExpertSlots:
     """Empty slots of the kind that suits the device."""
-    if cpu.supported(dtype, device):
-        return PackedSlots(module, num_slots, dtype)
-    return StackedSlots(module, num_slots, device)
+    if not cpu.supported(dtype, device):
+        return StackedSlots(module, num_slots, device)
+    return PanelSlots(module, num_slots) if dtype == torch.float32 else PackedSlots(module, num_slots)
 
 
 class StackedSlots:
@@ -49,9 +55,11 @@ class StackedSlots:
         for leaf, tensor in expert.items():
             self.module.get_parameter(leaf)[slot].copy_(tensor)
 
-    def compute(self, rows: torch.Tensor, slot: int) -> torch.Tensor:
-        up = "gate_up_proj" if self.module.has_gate else "up_proj"
-        return self._linear(_activate(self.module, self._linear(rows, up, slot)), "down_proj", slot)
+    def compute(self, rows: torch.Tensor, groups: Sequence[Group]) -> torch.Tensor:
+        return torch.cat([self._compute_one(rows[start:end], slot) for start, end, slot in groups])
+
+    def _compute_one(self, rows: torch.Tensor, slot: int) -> torch.Tensor:
+        return self._linear(_activate(self.module, self._linear(rows, _up(self.module), slot)), "down_proj", slot)
 
     def _linear(self, rows: torch.Tensor, name: str, slot: int) -> torch.Tensor:
         weight = getattr(self.module, name)[slot]
@@ -60,41 +68,86 @@ class StackedSlots:
 
 
 class PackedSlots:
-    """Two packed layers per slot. For CPUs."""
+    """Two packed layers per slot. For CPUs in bfloat16."""
 
-    def __init__(self, module: Any, num_slots: int, dtype: torch.dtype) -> None:
+    def __init__(self, module: Any, num_slots: int) -> None:
         self.module = module
         self._slots: list[tuple[Any, Any] | None] = [None] * num_slots
-        self._activate = _activation(module, dtype)
 
     def make(self, weights: Mapping[str, torch.Tensor]) -> tuple[Any, Any]:
-        up = "gate_up_proj" if self.module.has_gate else "up_proj"
-        return self._pack(weights, up), self._pack(weights, "down_proj")
+        from actors.engine.cpu.linear import Linear
+
+        up, down = (_given(self.module, weights, name) for name in (_up(self.module), "down_proj"))
+        return Linear([up[0]], [up[1]]), Linear([down[0]], [down[1]])
 
     def put(self, slot: int, expert: tuple[Any, Any]) -> None:
         self._slots[slot] = expert
 
-    def compute(self, rows: torch.Tensor, slot: int) -> torch.Tensor:
+    def compute(self, rows: torch.Tensor, groups: Sequence[Group]) -> torch.Tensor:
+        return torch.cat([self._compute_one(rows[start:end], slot) for start, end, slot in groups])
+
+    def _compute_one(self, rows: torch.Tensor, slot: int) -> torch.Tensor:
         filled = self._slots[slot]
         if filled is None:
-            raise LookupError(f"slot {slot} is empty, but the expert map sends rows there")
+            raise _empty(slot)
         up, down = filled
-        output: torch.Tensor = down(self._activate(up(rows)))
+        output: torch.Tensor = down(_activate(self.module, up(rows)))
         return output
 
-    def _pack(self, weights: Mapping[str, torch.Tensor], name: str) -> Any:
-        from actors.engine.cpu.linear import Linear
 
-        weight = weights[name].t() if self.module.is_transposed else weights[name]
-        return Linear([weight], [weights[f"{name}_bias"] if self.module.has_bias else None])
+class PanelSlots:
+    """All slots' weights side by side, so that one product serves all rows of a layer. For CPUs in float32."""
+
+    def __init__(self, module: Any, num_slots: int) -> None:
+        self.module = module
+        self._up, self._down = self._room(_up(module), num_slots), self._room("down_proj", num_slots)
+        self._filled: set[int] = set()
+        self._activate = _activation(module)
+
+    def make(self, weights: Mapping[str, torch.Tensor]) -> tuple[Any, Any]:
+        made = self._room(_up(self.module), 1), self._room("down_proj", 1)
+        for panels, name in zip(made, (_up(self.module), "down_proj"), strict=True):
+            panels.fill(0, *_given(self.module, weights, name))
+        return made
+
+    def put(self, slot: int, expert: tuple[Any, Any]) -> None:
+        self._up.put(slot, expert[0])
+        self._down.put(slot, expert[1])
+        self._filled.add(slot)
+
+    def compute(self, rows: torch.Tensor, groups: Sequence[Group]) -> torch.Tensor:
+        for _, _, slot in groups:
+            if slot not in self._filled:
+                raise _empty(slot)
+        return self._down.multiply(self._activate(self._up.multiply(rows, groups)), groups)
+
+    def _room(self, name: str, count: int) -> Any:
+        from actors.engine.cpu.panels import Panels
+
+        shape = self.module.get_parameter(name).shape[1:]
+        return Panels(count, *(reversed(shape) if self.module.is_transposed else shape))
 
 
-def _activation(module: Any, dtype: torch.dtype) -> Callable[[torch.Tensor], torch.Tensor]:
-    """The module's own, or the compiled SiLU gate (of float32) when that gives the same."""
+def _up(module: Any) -> str:
+    return "gate_up_proj" if module.has_gate else "up_proj"
+
+
+def _given(module: Any, weights: Mapping[str, torch.Tensor], name: str) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """An expert's weight ``[out, in]`` and its bias."""
+    weight = weights[name].t() if module.is_transposed else weights[name]
+    return weight, weights[f"{name}_bias"] if module.has_bias else None
+
+
+def _empty(slot: int) -> LookupError:
+    return LookupError(f"slot {slot} is empty, but the expert map sends rows there")
+
+
+def _activation(module: Any) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The module's own, or the compiled SiLU gate when that gives the same."""
     from actors.engine.cpu.fuse import agree, silu_and_mul
 
     sample = torch.linspace(-4, 4, 64).view(2, 32)
-    if dtype == torch.float32 and module.has_gate and agree(module._apply_gate(sample), silu_and_mul(sample)):
+    if module.has_gate and agree(module._apply_gate(sample), silu_and_mul(sample)):
         return silu_and_mul
     return lambda inner: _activate(module, inner)
 

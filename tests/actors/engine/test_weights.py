@@ -84,7 +84,7 @@ def test_an_expert_in_a_slot_computes_what_it_does_in_transformers(
         for slot, expert in ((0, 5), (1, 2)):
             expected = expert_by_hand(module, rows, expert)
             torch.testing.assert_close(
-                model.experts.layers[1].compute(rows, slot), expected, rtol=tolerance, atol=tolerance
+                model.experts.layers[1].compute(rows, [(0, count, slot)]), expected, rtol=tolerance, atol=tolerance
             )
     assert read == sum(parameter[0].numel() * 4 for parameter in module.parameters())
 
