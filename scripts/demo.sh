@@ -30,6 +30,8 @@ PY
 # HAProxy with the throughput-optimised loop costs a tenth of the CPU per token of Serve's default proxy.
 export RAY_SERVE_ENABLE_HA_PROXY=1 RAY_SERVE_THROUGHPUT_OPTIMIZED=1
 export RAY_AUTH_MODE=${RAY_AUTH_MODE:-disabled} RAY_USAGE_STATS_ENABLED=0 RAY_DEDUP_LOGS=0
+# Ray's CPUs are logical: room for as many ranks as the demo may be scaled to, whatever the machine has.
+export RAY_OVERRIDE_RESOURCES=${RAY_OVERRIDE_RESOURCES:-'{"CPU": 4}'}
 mkdir -p build
 log=build/demo.log
 started=$(date +%s)
@@ -82,6 +84,8 @@ cat <<TEXT
 
   curl http://127.0.0.1:$port/v1/chat/completions -H 'Content-Type: application/json' \\
     -d '{"model": "demo", "temperature": 0, "max_tokens": 64, "messages": [{"role": "user", "content": "What is the capital of France?"}]}'
+
+  .venv/bin/accordion scale 3 --url http://127.0.0.1:$port    # and back, while it answers
 
 Ctrl-C stops it.
 TEXT

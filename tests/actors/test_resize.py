@@ -164,8 +164,16 @@ def test_who_asks_for_the_impossible_is_refused_and_nothing_changes(checkpoint: 
         assert {name: pid for name, pid in app.pids().items() if name in before} == before
 
 
-@pytest.mark.parametrize("wanted", ["launching", "joining", "armed"])
-@pytest.mark.parametrize("fault", ["killed", "stalled", "cancelled"])
+FAULTS = [
+    (wanted, fault) for wanted in ("launching", "joining", "armed") for fault in ("killed", "stalled", "cancelled")
+]
+QUICK = [("launching", "killed"), ("joining", "cancelled"), ("armed", "stalled")]
+
+
+@pytest.mark.parametrize(
+    ("wanted", "fault"),
+    [pytest.param(*case, marks=[] if case in QUICK else [pytest.mark.slow]) for case in FAULTS],
+)
 def test_a_joiner_that_fails_is_rolled_back_and_a_retry_works(
     checkpoint: Path, expected: list[int], wanted: str, fault: str
 ) -> None:

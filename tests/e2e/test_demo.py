@@ -182,16 +182,72 @@ def test_a_client_that_goes_away_is_aborted_in_the_engine(client: openai.OpenAI)
     wait_for(lambda: not any(rank["running"] for rank in load()["ranks"]))
 
 
-def test_a_changed_size_of_user_config_never_disturbs_the_group(client: openai.OpenAI) -> None:
-    """Resizing live is not built yet: the file is refused in words, nothing restarts, everything serves on."""
-    before = {actor["pid"] for actor in ray_list("actors") if actor["state"] == "ALIVE"}
+def test_the_group_is_resized_four_ways_while_streams_run(client: openai.OpenAI) -> None:
+    def complete(prompt: str) -> str:
+        stream = client.completions.create(
+            model="demo", prompt=prompt, max_tokens=24, temperature=0, stream=True, extra_body={"ignore_eos": True}
+        )
+        return "".join(chunk.choices[0].text for chunk in stream)
+
+    prompts = ["The sea", "A cat", "Rome"]
+    undisturbed = [complete(prompt) for prompt in prompts]
+    before = {actor["pid"] for actor in ray_list("actors") if actor["state"] == "ALIVE" and _lasts(actor["name"])}
+    over = threading.Event()
+    answers: list[tuple[int, str]] = []
+
+    def stream_on(number: int) -> None:
+        while not over.is_set():
+            answers.append((number, complete(prompts[number])))
+
+    with ThreadPoolExecutor(len(prompts)) as pool:
+        streams = [pool.submit(stream_on, number) for number in range(len(prompts))]
+        try:
+            _deploy(3)
+            wait_for(lambda: _scaled(3), 180)
+            command = [str(ROOT / ".venv/bin/accordion"), "scale", "2", "--url", URL]
+            shown = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+            assert "done" in shown
+            answer = httpx.post(f"{URL}/scale_elastic_ep", json={"new_data_parallel_size": 1}, timeout=180)
+            assert answer.status_code == 200 and answer.json()["data_parallel_size"] == 1
+            handle = (
+                "from ray import serve; import ray; ray.init(address='auto', log_to_driver=False); "
+                "h = serve.get_deployment_handle('Ingress', 'accordion'); "
+                "print(h.scale_elastic_ep.remote(2).result()['data_parallel_size'])"
+            )
+            printed = subprocess.run(
+                [str(ROOT / ".venv/bin/python"), "-c", handle], check=True, capture_output=True, text=True
+            ).stdout
+            assert printed.split()[-1] == "2"
+        finally:
+            over.set()
+        for stream in streams:
+            stream.result()
+    assert len(answers) >= len(prompts)
+    assert [text for _, text in answers] == [undisturbed[number] for number, _ in answers]
+    # Not a front-end, nor the manager, nor rank 0 was started again.
+    assert before <= {actor["pid"] for actor in ray_list("actors") if actor["state"] == "ALIVE"}
+    assert {group["name"] for group in ray_list("placement-groups") if group["state"] == "CREATED"} == {
+        "dp_rank_0",
+        "dp_rank_1",
+    }
+    metrics = httpx.get(f"{URL}/metrics").text
+    assert 'accordion_operations_total{result="done"}' in metrics
+
+
+def _lasts(name: str) -> bool:
+    return name == "dp_rank_0" or not name.startswith("dp_rank_")
+
+
+def _deploy(size: int) -> None:
     config = (ROOT / "configs/demo-cpu.yaml").read_text()
     path = ROOT / "build" / "changed.yaml"
-    path.write_text(config.replace("data_parallel_size: 2", "data_parallel_size: 3"))
+    path.write_text(config.replace("data_parallel_size: 2", f"data_parallel_size: {size}"))
     subprocess.run([ROOT / ".venv/bin/serve", "deploy", "-a", DASHBOARD, path], check=True, capture_output=True)
-    wait_for(lambda: "not built yet" in (ROOT / "build" / "demo.log").read_text())
-    assert client.completions.create(model="demo", prompt="x", max_tokens=2, temperature=0).choices
-    assert before <= {actor["pid"] for actor in ray_list("actors") if actor["state"] == "ALIVE"}
+
+
+def _scaled(size: int) -> bool:
+    status = httpx.get(f"{URL}/is_scaling_elastic_ep").json()
+    return status["data_parallel_size"] == size and not status["is_scaling_elastic_ep"]
 
 
 def test_losing_a_front_end_costs_only_its_own_connections(client: openai.OpenAI) -> None:
