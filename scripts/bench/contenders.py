@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import socket
@@ -59,8 +60,18 @@ class Setting:
     extra: dict[str, list[str]] = field(default_factory=dict)
 
 
-def accordion(setting: Setting, base: Path, ranks: int, threads: int) -> Contender:
-    """``ranks`` DP ranks of ``threads`` cores each, else configured as ``base``; the way scripts/demo.sh serves."""
+def accordion(
+    setting: Setting,
+    base: Path,
+    ranks: int,
+    threads: int,
+    front_ends: int | None = None,
+    largest: int = 1,
+) -> Contender:
+    """``ranks`` DP ranks of ``threads`` cores each, else configured as ``base``; the way scripts/demo.sh serves.
+
+    A group that will be resized has room for ``largest`` ranks, whatever cores there are.
+    """
     name = f"accordion-{ranks}x{threads}"
     document: dict[str, Any] = yaml.safe_load(base.read_text())
     document["http_options"] = {**document.get("http_options", {}), "host": "127.0.0.1", "port": setting.port}
@@ -70,10 +81,12 @@ def accordion(setting: Setting, base: Path, ranks: int, threads: int) -> Contend
         "served_model_name": MODEL_NAME,
         "cpus_per_rank": threads,
         "max_num_seqs": setting.max_sequences,
-        "max_data_parallel_size": max(ranks, application["args"].get("max_data_parallel_size") or ranks),
+        "max_data_parallel_size": max(ranks, largest, application["args"].get("max_data_parallel_size") or ranks),
     }
     for deployment in application["deployments"]:
         deployment["user_config"] = {"data_parallel_size": ranks}
+        deployment["num_replicas"] = front_ends or deployment.get("num_replicas", 2)
+        front_ends = deployment["num_replicas"]
     setting.build.mkdir(parents=True, exist_ok=True)
     config = setting.build / f"{name}.yaml"
     config.write_text(yaml.safe_dump(document, sort_keys=False))
@@ -84,6 +97,9 @@ def accordion(setting: Setting, base: Path, ranks: int, threads: int) -> Contend
         "RAY_DEDUP_LOGS": "0",
         "RAY_AUTH_MODE": os.environ.get("RAY_AUTH_MODE", "disabled"),
     }
+    if largest * threads > setting.cores:
+        # Ray counts cores and would not place them; read by the node that `serve run` starts.
+        environment["RAY_OVERRIDE_RESOURCES"] = json.dumps({"CPU": largest * threads})
     return Contender(
         name,
         [str(Path(sys.executable).parent / "serve"), "run", "--address", "local", str(config)],
@@ -91,7 +107,7 @@ def accordion(setting: Setting, base: Path, ranks: int, threads: int) -> Contend
         "/health",
         Dialect(MODEL_NAME, {"ignore_eos": True, "stream_options": {"include_usage": True}}),
         needs=(8265, 8404, 9101, 8500),
-        note=f"{ranks} rank(s) x {threads} core(s), two HTTP front-ends behind Serve's HAProxy",
+        note=f"{ranks} rank(s) x {threads} core(s), {front_ends} HTTP front-ends behind Serve's HAProxy",
     )
 
 

