@@ -278,3 +278,20 @@ def test_an_operation_that_hangs_is_cancelled(monkeypatch):
     with pytest.raises(TimeoutError, match="could not be cancelled"):
         asyncio.run(resize.operate(client, 3, None, 0.01))
     assert len(client.cancelled) == 1
+
+
+def test_what_the_measurement_breaks_off_is_no_failure():
+    async def scenario(session, url):
+        cases = streams.some_cases(2)
+        dialect = streams.dialect_of("scripted")
+        expected, _ = await streams.reference(session, url, dialect, cases)
+        load = streams.Streams(session, url, dialect, cases, expected, 3)
+        with pytest.raises(KeyboardInterrupt):
+            async with load:
+                await asyncio.sleep(0.05)
+                raise KeyboardInterrupt
+        return load.requests
+
+    requests = with_server(Script(), scenario)
+    assert sum(request.outcome == "open" for request in requests) == 3
+    assert {request.outcome for request in requests} <= {"open", "complete"}

@@ -171,6 +171,8 @@ class Streams:
         self._leaving = True
         self._ticking.cancel()
         if kind is not None:
+            # What is broken off here is no failure of the server.
+            self._ended, self._open = self.requests, {}
             for task in self._tasks:
                 task.cancel()
         for outcome in await asyncio.gather(*self._tasks, return_exceptions=True):
