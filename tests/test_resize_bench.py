@@ -164,7 +164,10 @@ def test_waits_for_a_first_token():
 def test_a_resize_is_set_beside_the_steady_time_before_it():
     steady = [request([n / 10 for n in range(50)])]
     during = request([4.9, 5.0, 5.8, 6.0])
-    row = resize_report.figures(resize_report.Resize(2, 3, (0.0, 5.0), 5.0, 0.5, 7.0), [*steady, during], [(5.5, 0.2)])
+    operation = {"seconds": {"placing": 0.1, "launching": 0.5, "armed": 0.3, "retiring": 0.1}}
+    made = resize_report.Resize(2, 3, (0.0, 5.0), 5.0, 1.0, 7.0, operation)
+    row = resize_report.figures(made, [*steady, during], [(5.5, 0.2)])
+    assert row["longest_gap_in"] == "armed"
     assert (row["longest_gap"], row["steady_gap_p99"], row["ratio"]) == (800, 100, 8)
     assert row["own_stall_max"] == 200 and row["requests"] == 1
     total = resize_report.totals([*steady, during], [row])

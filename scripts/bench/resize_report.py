@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from load import percentile
-from streams import BAD, Request, first_tokens, gaps
+from streams import BAD, Request, first_tokens, gaps, longest_gap
 
 # The longest gap beside a resize, over the 99th percentile of gaps just before it.
 GOAL = 3.0
@@ -37,7 +37,7 @@ def figures(resize: Resize, requests: Sequence[Request], stalls: Sequence[tuple[
     """One resize in numbers; times in milliseconds, but ``seconds``. What can't be known is None."""
     operation = resize.operation
     steady = gaps(requests, *resize.steady, inside=True)
-    longest = max(gaps(requests, resize.asked, resize.over), default=math.nan)
+    longest, since = longest_gap(requests, resize.asked, resize.over)
     p50, p99 = percentile(steady, 50), percentile(steady, 99)
     beside = [request for request in requests if request.sent < resize.over and request.ended > resize.asked]
     pause_s = operation.get("pause_s")
@@ -48,6 +48,7 @@ def figures(resize: Resize, requests: Sequence[Request], stalls: Sequence[tuple[
         "seconds": round(resize.seconds, 3),
         "seconds_by_phase": operation.get("seconds", {}),
         "longest_gap": _known(longest),
+        "longest_gap_in": _phase_at(operation.get("seconds", {}), since + longest / 1000 - resize.asked),
         "steady_gap_p50": _known(p50),
         "steady_gap_p99": _known(p99),
         "steady_gap_max": _known(max(steady, default=math.nan)),
@@ -103,8 +104,8 @@ def line(row: dict[str, Any]) -> str:
 def table(report: dict[str, Any]) -> str:
     """A line per resize, the totals and the goal, in Markdown."""
     machine, load, total = report["hardware"], report["load"], report["totals"]
-    heads = "resize", "seconds", "by phase", "longest gap", "steady p50 / p99", "longest / p99", "first token", "pause"
-    heads = *heads, "own stall", "requests", *BAD, "replayed", "experts moved", "result"
+    heads = "resize", "seconds", "by phase", "longest gap", "in", "steady p50 / p99", "longest / p99", "first token"
+    heads = *heads, "pause", "own stall", "requests", *BAD, "replayed", "experts moved", "result"
     lines = [
         "",
         f"{machine['cpu']}, {machine['cores']} cores; {load['model']}, {load['streams']} greedy streams, "
@@ -121,6 +122,7 @@ def table(report: dict[str, Any]) -> str:
             f"{row['seconds']:.1f}",
             phases or "-",
             _cell(row["longest_gap"]),
+            row["longest_gap_in"] or "-",
             f"{_cell(row['steady_gap_p50'])} / {_cell(row['steady_gap_p99'])}",
             "-" if row["ratio"] is None else f"{row['ratio']:.1f}",
             _cell(row["first_token_max"]),
@@ -167,6 +169,17 @@ def _leaks(before: dict[str, float] | None, after: dict[str, float] | None) -> l
 def _bad(requests: Sequence[Request]) -> dict[str, int]:
     counted = Counter(request.outcome for request in requests)
     return {name: counted[name] for name in BAD}
+
+
+def _phase_at(seconds: dict[str, float], moment: float) -> str | None:
+    """The phase in which the operation was ``moment`` seconds after its begin."""
+    if math.isnan(moment) or not seconds:
+        return None
+    for phase, spent in seconds.items():
+        moment -= spent
+        if moment <= 0:
+            return phase
+    return "after"
 
 
 def _known(value: float, digits: int = 1) -> float | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import random
 import time
 from collections.abc import Iterable, Sequence
@@ -219,6 +220,18 @@ def gaps(requests: Iterable[Request], start: float, end: float, inside: bool = F
         for a, b in pairwise(request.moments)
         if (start <= a and b <= end if inside else a < end and b > start)
     ]
+
+
+def longest_gap(requests: Iterable[Request], start: float, end: float) -> tuple[float, float]:
+    """Milliseconds of the longest gap that touches the span, and when it began; NaN of nothing."""
+    touching = (
+        ((b - a) * 1000, a)
+        for request in requests
+        if request.sent < end and request.ended > start
+        for a, b in pairwise(request.moments)
+        if a < end and b > start
+    )
+    return max(touching, default=(math.nan, math.nan))
 
 
 def first_tokens(requests: Iterable[Request], start: float, end: float) -> list[float]:
