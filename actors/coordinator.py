@@ -55,6 +55,8 @@ class Coordinator:
         self._view_numbers = itertools.count(1)
         self._waves = GroupWaves()
         self._loads = LoadTable(settle_s=interval_s)
+        # Of ranks that have changed epochs before this coordinator was told.
+        self._early_stats: dict[int, wire.Stats] = {}
         # Where each (epoch, rank) last spoke from; epochs to come included.
         self._routes: dict[tuple[int, int], bytes] = {}
         self._counters: Counter[str] = Counter()
@@ -209,7 +211,7 @@ class Coordinator:
         if not isinstance(message, wire.Stats):
             self._step(self._waves.receive(message))
         elif message.epoch > self._waves.epoch:
-            self._drop("early_stats", f"{message} in epoch {self._waves.epoch}")
+            self._early_stats[message.rank] = message
         elif self._loads.report(message, time.monotonic()):
             self._loads_changed = True
         else:
@@ -230,6 +232,10 @@ class Coordinator:
             self._leaving = frozenset()
         self._epoch = epoch
         self._loads.resize(epoch.ranks, kept=(member.rank for member in kept))
+        early, self._early_stats = self._early_stats, {}
+        for stats in early.values():
+            if stats.epoch == epoch.number and stats.rank in epoch.ranks:
+                self._loads.report(stats, time.monotonic())
         self._urgent = True
         self._step(transition)
 

@@ -9,6 +9,7 @@ from ray.exceptions import RayError
 
 from actors.engine.experts import planner as experts
 from actors.engines import Engine, EngineSet
+from actors.group import Group
 
 logger = logging.getLogger(__name__)
 
@@ -20,15 +21,16 @@ class LoadWindow:
     window and the present one, so that it is neither empty right after a turn nor much older than two windows.
     """
 
-    def __init__(self, engines: EngineSet) -> None:
+    def __init__(self, engines: EngineSet, group: Group) -> None:
         self._engines = engines
+        self._group = group
         self._read: dict[int, tuple[Engine, np.ndarray]] = {}
         self._last: np.ndarray | None = None
         self._present: np.ndarray | None = None
 
     async def read(self) -> np.ndarray | None:
         """Float ``[layers, experts]`` as of now; None when no token was routed."""
-        for engine in list(self._engines):
+        for engine in [engine for engine in self._engines if engine.rank in self._group.epoch.ranks]:
             try:
                 chosen = np.asarray(await engine.handle.chosen.remote(), dtype=np.float64)
             except RayError as error:

@@ -90,7 +90,7 @@ class EngineManager:
         self._operations: dict[str, Operation] = {}
         self._totals = Totals()
         self._upkeep: list[asyncio.Task[None]] = []
-        self._load = LoadWindow(self._engines)
+        self._load = LoadWindow(self._engines, self._group)
         self._imbalance: float | None = None
         self._losses: list[float] = []
         self._recovering = asyncio.Lock()

@@ -253,6 +253,8 @@ def _scaled(size: int) -> bool:
 def test_losing_a_front_end_costs_only_its_own_connections(client: openai.OpenAI) -> None:
     replicas = [a for a in ray_list("actors") if a["name"].startswith("SERVE_REPLICA") and a["state"] == "ALIVE"]
     assert len(replicas) == 2
+    engines = {a["pid"] for a in ray_list("actors") if a["name"].startswith("dp_rank_") and a["state"] == "ALIVE"}
+    assert len(engines) == 2
     os.kill(replicas[0]["pid"], signal.SIGKILL)
     patient = openai.OpenAI(base_url=f"{URL}/v1", api_key="none", max_retries=5)
     for _ in range(5):
@@ -263,8 +265,7 @@ def test_losing_a_front_end_costs_only_its_own_connections(client: openai.OpenAI
         return len(alive) == 2 and replicas[0]["pid"] not in {actor["pid"] for actor in alive}
 
     wait_for(healed, 120)
-    engines = [a for a in ray_list("actors") if a["name"].startswith("dp_rank_")]
-    assert {engine["state"] for engine in engines} == {"ALIVE"}
+    assert engines <= {a["pid"] for a in ray_list("actors") if a["state"] == "ALIVE"}
 
 
 def test_a_rank_that_dies_is_no_error_to_a_client(client: openai.OpenAI) -> None:
