@@ -22,6 +22,8 @@ from actors.sockets import Keys
 from placement.groups import PlacementError, RankGroup
 
 END_TIMEOUT_S = 5.0
+# Variables with these endings stay where they are: Ray shows an actor's environment to everybody.
+SECRETS = ("_KEY", "_TOKEN")
 # Read when torch is loaded: huge pages for weights, a tenth of a step of one sequence.
 CPU_ENVIRONMENT = {"THP_MEM_ALLOC_ENABLE": "1"}
 
@@ -95,7 +97,11 @@ class EngineSet:
 
     def _launch(self, group: RankGroup, keys: Keys, meekly: bool) -> ActorHandle:
         settings = self._settings
-        environment = {name: value for name, value in os.environ.items() if name.startswith(settings.env_prefixes)}
+        environment = {
+            name: value
+            for name, value in os.environ.items()
+            if name.startswith(settings.env_prefixes) and not name.endswith(SECRETS)
+        }
         environment["OMP_NUM_THREADS"] = str(settings.engine.threads)
         on_cpu = settings.engine.device == "cpu"
         if on_cpu:

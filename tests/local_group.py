@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 from collections.abc import Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -46,6 +48,14 @@ def _engine(pipe: Connection, rank: int, index: int, size: int, config: EngineCo
             thread = threading.Thread(target=core.run)
             thread.start()
             pipe.send(None)
+        elif call == "switch":
+            epoch, address = args
+            switched: Future[float] = Future()
+            core.prepare(epoch, expert_map, address)
+            core.arm(epoch.number, switched.set_result)
+            pipe.send(switched.result(60))
+        elif call == "held":
+            pipe.send((len(os.listdir("/proc/self/fd")), threading.active_count()))
         elif call == "status":
             pipe.send(core.status())
         elif call == "poison":
@@ -93,7 +103,21 @@ class LocalGroup:
         return self.coordinator.addresses()
 
     def status(self) -> list[dict[str, Any]]:
-        return [engine.call("status") for engine in self.engines]
+        return self.all("status")
+
+    def all(self, *message: Any) -> list[Any]:
+        """The answers of all engines to a message that they get at once."""
+        for engine in self.engines:
+            engine.pipe.send(message)
+        for engine in self.engines:
+            assert engine.pipe.poll(60), f"no answer to {message[0]}"
+        return [engine.pipe.recv() for engine in self.engines]
+
+    def switch(self) -> None:
+        """The same members in the next epoch."""
+        self.epoch = Epoch(self.epoch.number + 1, self.epoch.members)
+        self.all("switch", self.epoch, self.engines[0].call("store"))
+        self.coordinator.set_epoch(self.epoch)
 
 
 @contextmanager

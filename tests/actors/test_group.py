@@ -172,3 +172,23 @@ async def until(condition: Callable[[], bool]) -> None:
             await asyncio.sleep(0.05)
 
     await asyncio.wait_for(wait(), 30)
+
+
+def test_fifty_epochs_leave_nothing_behind_and_change_no_token(checkpoint: str) -> None:
+    prompt, config = prompts(1)[0], EngineConfig(model=checkpoint, kv_blocks=64, max_model_len=256)
+    expected = reference(checkpoint, prompt, 40)
+    held = []
+    with local_group(config, 2) as group:
+
+        async def run() -> None:
+            async with client_of(group) as client:
+                for turn in range(50):
+                    request = asyncio.create_task(collect(client, f"during{turn}", prompt, 40, rank=turn % 2))
+                    await asyncio.to_thread(group.switch)
+                    assert await request == expected
+                    held.append(group.all("held"))
+
+        asyncio.run(run())
+        assert [status["step_failures"] for status in group.status()] == [0, 0]
+    # File descriptors (so sockets too) and threads; the first epochs make what stays.
+    assert held[-1] == held[5]
