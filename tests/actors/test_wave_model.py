@@ -228,6 +228,21 @@ def test_the_search_finds_what_never_ends_and_what_must_not_happen() -> None:
     assert explore(0, _counter(5), lambda state: None).finding is None
 
 
+def test_a_fair_search_finds_what_forced_moves_can_t_end() -> None:
+    def moves(state: int) -> list[Move[int]]:
+        """0 and 1 are a circle with a way out of it, to 2; 3 and 4 are one that only the environment can end."""
+        ways = {0: [1, 3], 1: [0, 2], 3: [4], 4: [3]}.get(state, [])
+        if start == 0:
+            ways = [way for way in ways if way != 3]
+        return [Move(str(way), way) for way in ways] + ([Move("2", 2, forced=False)] if state == 4 else [])
+
+    start = 0
+    assert explore(start, moves, lambda state: None, fair=True).finding is None
+    start = 3
+    endless = explore(start, moves, lambda state: None, fair=True).finding
+    assert endless is not None and endless.wrong == "this can go on for ever"
+
+
 def test_messages_of_the_model_are_the_protocol_s_own() -> None:
     """Engines say three things; were a fourth added, the model would have to learn it."""
     assert set(Report.__args__) == {Announce, StartWave, WaveComplete}
