@@ -27,9 +27,8 @@ logger = logging.getLogger(__name__)
 
 PROGRESS_S = 2.0
 POLL_S = 0.05
-# How long ranks that left wait for their front-ends to take the requests away, and ranks are asked to disarm.
+# How long ranks that left wait for their front-ends to take the requests away.
 PARTING_S = 2.0
-DISARM_S = 10.0
 
 
 @dataclass
@@ -262,8 +261,9 @@ class Change:
 
     async def _arm(self) -> Event:
         coordination, timeout_s = self._resources.coordination, self._settings.switch_timeout_s
-        router, _ = await coordination.open(self._resources.keys)
-        await all_of(self._joiners, lambda e: e.handle.connect_coordinator.remote(router), "connecting")
+        await coordination.open(self._resources.keys)
+        while await self._connect_joiners() != coordination.addresses:
+            pass  # it was replaced meanwhile
         if not self._staying:  # a first epoch: nobody is waiting for the coordinator to learn of it
             await coordination.set_epoch(self._epoch)
         pauses = await all_of(
@@ -273,6 +273,12 @@ class Change:
         )
         self.operation = self.operation.counted(pause_s=max(pauses))
         return Event.DONE
+
+    async def _connect_joiners(self) -> tuple[str, str] | None:
+        addresses = self._resources.coordination.addresses
+        assert addresses is not None
+        await all_of(self._joiners, lambda e: e.handle.connect_coordinator.remote(addresses[0]), "connecting")
+        return addresses
 
     async def _publish(self) -> Event:
         await self._resources.coordination.set_epoch(self._epoch)
@@ -293,26 +299,31 @@ class Change:
     # --- back to the old epoch ---------------------------------------------------------------------------------------
 
     async def _undo(self) -> Event:
-        if self._epoch.members and self._staying:
-            epoch = self._epoch.number
-            answers = await asyncio.gather(
-                *(self._disarm(engine, epoch) for engine in [*self._staying, *self._leaving])
-            )
-            if epoch in answers:
-                return Event.SWITCHED
+        if self._epoch.members and self._staying and self._epoch.number in await self._disarm():
+            return Event.SWITCHED
         if self._leaving:
             await self._resources.coordination.set_leaving(())
         await self._end(self._joiners)
         return Event.DONE
 
-    @staticmethod
-    async def _disarm(engine: Engine, epoch: int) -> int | None:
-        """The epoch that the rank is in; None if it is gone, which its own watch deals with."""
+    async def _disarm(self) -> list[int]:
+        """The epochs that the members are in, once none of them votes any more; empty when the group breaks.
+
+        A member that is slow to answer may be in the step that decides: silence is no answer.
+        """
+        members, epoch = [*self._staying, *self._leaving], self._epoch.number
+        asked = asyncio.ensure_future(
+            all_of(members, lambda engine: engine.handle.disarm.remote(epoch), "going back to the old epoch")
+        )
+        ends = [engine.watch for engine in members if engine.watch is not None]
         try:
-            answer: int = await asyncio.wait_for(engine.handle.disarm.remote(epoch), DISARM_S)
-            return answer
-        except (RayError, asyncio.TimeoutError):
-            return None
+            await asyncio.wait([asked, *ends], return_when=asyncio.FIRST_COMPLETED)
+            return asked.result() if asked.done() else []
+        except GroupError as error:
+            logger.warning("a member did not go back, so the group will be made anew: %s", error)
+            return []
+        finally:
+            asked.cancel()
 
     async def _end(self, engines: list[Engine]) -> None:
         """Ends engines, and removes all placement groups that no other engine holds."""

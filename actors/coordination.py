@@ -47,11 +47,10 @@ class Coordination:
         self._leaving = tuple(ranks)
         await self._ask(lambda actor: actor.set_leaving.remote(self._epoch.number, self._leaving))
 
-    async def follow(self) -> bool:
-        """Whether the coordinator was replaced since; its successor then knows all that it did."""
-        before = self.addresses
-        await self._ask(lambda actor: actor.open.remote(self._keys))
-        return self.addresses != before
+    async def look(self) -> tuple[str, str]:
+        """The addresses it has now; a successor has been told all that its predecessor knew."""
+        assert self._keys is not None
+        return await self.open(self._keys)
 
     async def _ask(self, call: Callable[[ActorHandle], Awaitable[Any]]) -> None:
         while True:

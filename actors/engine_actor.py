@@ -234,8 +234,9 @@ class EngineActor:
     @ray.method(concurrency_group="control")
     def follow_coordinator(self, address: str) -> None:
         """Moves to a coordinator that replaced the former one, and tells it where this rank stands."""
-        core = self._loaded()
-        core.mailbox.post(lambda: core.announce_to(address))
+        core = self._core
+        if core is not None:  # else it will be connected before it joins
+            core.mailbox.post(lambda: core.announce_to(address))
 
     @ray.method(concurrency_group="control")
     def renew(self, lease_s: float, memo: Memo) -> None:

@@ -90,6 +90,7 @@ class EngineManager:
         self._operations: dict[str, Operation] = {}
         self._totals = Totals()
         self._upkeep: list[asyncio.Task[None]] = []
+        self._followed: tuple[str, str] | None = None
         self._load = LoadWindow(self._engines, self._group)
         self._imbalance: float | None = None
         self._losses: list[float] = []
@@ -366,10 +367,10 @@ class EngineManager:
         self._resources.keys = word.keys
         self._memo = word.memo
         self._group.epoch, self._group.layout = epoch, (epoch.ranks, word.expert_map)
-        router, _ = await self._coordination.open(word.keys)
+        await self._coordination.open(word.keys)
         await self._coordination.set_epoch(epoch)
+        await self._follow_coordinator()
         for engine in self._engines:
-            await engine.handle.follow_coordinator.remote(router)
             self._watch(engine)
         self._keep_up()
         logger.info("adopted the running group of epoch %d with ranks %s", epoch.number, epoch.ranks)
@@ -386,17 +387,21 @@ class EngineManager:
         while True:
             try:
                 self._engines.renew(self._memo)
-                if self._group.phase == "serving" and await self._coordination.follow():
-                    assert self._coordination.addresses is not None
-                    router = self._coordination.addresses[0]
-                    logger.info("the coordinator moved to %s", router)
-                    for engine in self._engines:
-                        if engine.rank in self._group.epoch.ranks:
-                            engine.handle.follow_coordinator.remote(router)
-                    self._group.touch()
+                if self._group.phase == "serving":
+                    await self._follow_coordinator()
             except Exception:
                 logger.exception("upkeep failed; trying again")
             await asyncio.sleep(min(1.0, self._settings.lease_s / 4))
+
+    async def _follow_coordinator(self) -> None:
+        """Whoever noticed first that it was replaced, all ranks are told, those included that are about to join."""
+        addresses = await self._coordination.look()
+        if addresses != self._followed:
+            self._followed = addresses
+            logger.info("the coordinator is at %s", addresses[0])
+            for engine in self._engines:
+                engine.handle.follow_coordinator.remote(addresses[0])
+            self._group.touch()
 
     async def _weigh(self) -> None:
         """Measures which experts are chosen, and re-places them when one rank has too many of the popular ones."""
@@ -450,7 +455,7 @@ class EngineManager:
     async def _tear_down(self) -> None:
         """Ends all engines and removes the groups we own."""
         self._load.clear()
-        self._group.layout = None
+        self._group.layout = self._followed = None
         await self._engines.end(list(self._engines))
         # By their owner's mark, so that groups whose engine was never launched go too.
         await asyncio.to_thread(self._remove_groups, set())

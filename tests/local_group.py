@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import multiprocessing
-import os
 from collections.abc import Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 from actors.coordinator import Coordinator
@@ -55,7 +55,7 @@ def _engine(pipe: Connection, rank: int, index: int, size: int, config: EngineCo
             core.arm(epoch.number, switched.set_result)
             pipe.send(switched.result(60))
         elif call == "held":
-            pipe.send((len(os.listdir("/proc/self/fd")), threading.active_count()))
+            pipe.send((len(list(Path("/proc/self/fd").iterdir())), threading.active_count()))
         elif call == "status":
             pipe.send(core.status())
         elif call == "poison":

@@ -163,7 +163,8 @@ class EngineCore:
     def announce_to(self, coordinator: str) -> None:
         """Connects to the coordinator at this address and says where this rank stands."""
         self.mailbox.connect_coordinator(coordinator)
-        self.mailbox.report(self._waves.announce())
+        if self._rank in self.epoch.ranks:  # one that has left has nothing to say, and its number may be another's
+            self.mailbox.report(self._waves.announce())
 
     # --- from any thread -------------------------------------------------------------------------------------------
 

@@ -75,7 +75,7 @@ class Standby:
     @property
     def joiners_here(self) -> bool:
         """Whether every joiner has begun the epoch's first collective. True on a rank that leaves: others can tell."""
-        return self.exchange is None or self.exchange.heard(self.joiners)
+        return self.index is None or (self.exchange is not None and self.exchange.heard(self.joiners))
 
     def switch(self, runner: ModelRunner) -> Exchange | None:
         """Has ``runner`` work in this epoch from the next step on. Gives its exchange; None on a rank that leaves."""
