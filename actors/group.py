@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 
 from actors.engine.experts.planner import Layout
 from actors.membership import NO_EPOCH, Epoch
+from actors.sockets import Keys
+from actors.transition import Operation
 
 logger = logging.getLogger(__name__)
 
@@ -37,3 +39,29 @@ class Group:
         self.version += 1
         self.changed.set()
         self.changed = asyncio.Event()
+
+
+@dataclass(frozen=True)
+class Contact:
+    """What a front-end needs to reach the group."""
+
+    keys: Keys
+    router: str
+    publisher: str
+
+
+@dataclass
+class Totals:
+    """Of all operations since this manager began; ``pause_s_max`` in seconds."""
+
+    operations: dict[str, int] = field(default_factory=lambda: {"done": 0, "rolled_back": 0})
+    experts_moved: int = 0
+    pause_s_max: float = 0.0
+
+    def add(self, operation: Operation) -> None:
+        if operation.error:
+            self.operations["rolled_back"] += 1
+            return
+        self.operations["done"] += 1
+        self.experts_moved += operation.experts_moved
+        self.pause_s_max = max(self.pause_s_max, operation.pause_s)

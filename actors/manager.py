@@ -12,21 +12,19 @@ import asyncio
 import contextlib
 import logging
 import uuid
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from typing import Any
 
 import msgspec
 import numpy as np
 import ray
-from ray.actor import ActorHandle
-from ray.exceptions import RayError
 
 from actors.change import Change, Resources
 from actors.coordination import Coordination
-from actors.engine_actor import Description
 from actors.engines import Engine, EngineSet, GroupError
 from actors.expert_load import LoadWindow, imbalance
-from actors.group import Group
+from actors.group import Contact, Group, Totals
+from actors.legacy import Legacy
 from actors.settings import GroupSettings, Memo
 from actors.siblings import Siblings
 from actors.sockets import Keys
@@ -41,32 +39,6 @@ ROOT_CAUSE_S = 0.5
 RESTART_WINDOW_S = 600.0
 # Ended operations that are remembered, so that who asks again learns how they ended.
 HISTORY = 64
-
-
-@dataclass(frozen=True)
-class Contact:
-    """What a front-end needs to reach the group."""
-
-    keys: Keys
-    router: str
-    publisher: str
-
-
-@dataclass
-class Totals:
-    """Of all operations since this manager began; ``pause_s_max`` in seconds."""
-
-    operations: dict[str, int] = field(default_factory=lambda: {"done": 0, "rolled_back": 0})
-    experts_moved: int = 0
-    pause_s_max: float = 0.0
-
-    def add(self, operation: Operation) -> None:
-        if operation.error:
-            self.operations["rolled_back"] += 1
-            return
-        self.operations["done"] += 1
-        self.experts_moved += operation.experts_moved
-        self.pause_s_max = max(self.pause_s_max, operation.pause_s)
 
 
 class EngineManager:
@@ -343,38 +315,26 @@ class EngineManager:
                 self._recovered = True
 
     async def _adopt_or_remove(self) -> None:
-        found: list[tuple[ActorHandle, Description]] = []
-        for handle in self._siblings.engines():
-            try:
-                found.append((handle, await asyncio.wait_for(handle.describe.remote(), 15.0)))
-            except (RayError, asyncio.TimeoutError):
-                ray.kill(handle)
-        epoch = max((word.epoch for _, word in found), key=lambda epoch: epoch.number, default=self._group.epoch)
-        members = [(handle, word) for handle, word in found if word.epoch == epoch and word.rank in epoch.ranks]
-        whole = epoch.number > 0 and len(members) == len(epoch.members)
-        self._engines.adopt(Engine(word.rank, handle, word.group, word.ready) for handle, word in found)
-        if not whole:
-            if found:
-                logger.warning("removing what a former manager left of an unfinished group: ranks %s", epoch.ranks)
+        left = await Legacy.find(self._siblings)
+        self._engines.adopt(left.engines)
+        if not left.whole:
+            if left.engines:
+                logger.warning("removing what a former manager left of an unfinished group: ranks %s", left.epoch.ranks)
             await self._tear_down()
             return
         # Ranks that had left, or were about to join.
-        await self._engines.end([engine for engine in self._engines if engine.rank not in epoch.ranks])
-        held = {word.group.id for _, word in members}
-        await asyncio.to_thread(self._remove_groups, held)
-        word = members[0][1]
-        assert word.expert_map is not None
-        self._resources.keys = word.keys
-        self._memo = word.memo
-        self._group.epoch, self._group.layout = epoch, (epoch.ranks, word.expert_map)
-        await self._coordination.open(word.keys)
-        await self._coordination.set_epoch(epoch)
+        await self._engines.end(left.strangers)
+        await asyncio.to_thread(self._remove_groups, {engine.group.id for engine in self._engines})
+        self._resources.keys, self._memo = left.keys, left.memo
+        self._group.epoch, self._group.layout = left.epoch, left.layout
+        await self._coordination.open(left.keys)
+        await self._coordination.set_epoch(left.epoch)
         await self._follow_coordinator()
         for engine in self._engines:
             self._watch(engine)
         self._keep_up()
-        logger.info("adopted the running group of epoch %d with ranks %s", epoch.number, epoch.ranks)
-        self._group.set("serving", f"{len(self._engines)} ranks in epoch {epoch.number}")
+        logger.info("adopted the running group of epoch %d with ranks %s", left.epoch.number, left.epoch.ranks)
+        self._group.set("serving", f"{len(self._engines)} ranks in epoch {left.epoch.number}")
 
     # --- while it serves -------------------------------------------------------------------------------------------
 

@@ -27,7 +27,7 @@ from ray import serve
 from ray.serve import Application
 from ray.serve.config import DeploymentActorConfig
 
-from actors.manager import Contact
+from actors.group import Contact
 from actors.siblings import COORDINATOR, MANAGER
 from app.api import build_api
 from app.client import Client

@@ -10,7 +10,7 @@ from ray import serve
 from ray.actor import ActorHandle
 from ray.exceptions import ActorDiedError, ActorUnavailableError, RayTaskError
 
-from actors.manager import Contact
+from actors.group import Contact
 from actors.siblings import MANAGER
 from app.errors import Unavailable
 
