@@ -301,9 +301,11 @@ class Change:
     async def _undo(self) -> Event:
         if self._epoch.members and self._staying and self._epoch.number in await self._disarm():
             return Event.SWITCHED
-        if self._leaving:
-            await self._resources.coordination.set_leaving(())
-        await self._end(self._joiners)
+        try:
+            if self._leaving:
+                await self._resources.coordination.set_leaving(())
+        finally:
+            await self._end(self._joiners)
         return Event.DONE
 
     async def _disarm(self) -> list[int]:

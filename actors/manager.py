@@ -200,6 +200,8 @@ class EngineManager:
 
     async def stop(self) -> None:
         """Removes everything that was made. Does nothing the second time."""
+        if self._repair is not None:
+            self._repair.cancel()
         await self._interrupt("the application ends")
         for task in self._upkeep:
             task.cancel()
