@@ -258,6 +258,8 @@ def test_a_group_given_up_ends_every_waiting_call_with_the_cause(checkpoint: Pat
                 version = (await app.manager.status.remote())["version"]
                 os.kill((await app.engines["dp_rank_0"].hello.remote()).pid, signal.SIGKILL)
                 news = await app.manager.watch.remote(version)
+                while news["phase"] == "serving":  # other news may come first
+                    news = await app.manager.watch.remote(news["version"])
                 assert news["phase"] == "lost"
                 await client.fail(news["cause"])
                 with pytest.raises(EngineDeadError) as dead:
