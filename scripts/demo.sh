@@ -43,6 +43,9 @@ server=$!
 
 finish() {
   trap - EXIT INT TERM
+  # Whoever read our output may be gone: that must not keep us from ending what we started.
+  trap '' PIPE
+  set +e
   if kill -0 "$server" 2>/dev/null; then
     echo; echo "==> stopping"
     # TERM ends the whole local cluster; INT would first wait half a minute for the front-ends to drain.

@@ -53,6 +53,8 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Demo]:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         start_new_session=True,
+        # A shell that runs the tests in its background has them ignore Ctrl-C, and a script can't undo that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     running = Demo(process)
     reader = threading.Thread(target=running.read, daemon=True)
