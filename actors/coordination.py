@@ -31,7 +31,7 @@ class Coordination:
         self.addresses: tuple[str, str] | None = None
 
     async def open(self, keys: Keys) -> tuple[str, str]:
-        """The addresses, bound with the group's ``keys``."""
+        """The addresses it has now, bound with the group's ``keys``; a successor knows all that its predecessor did."""
         self._keys = keys
         await self._ask(lambda actor: actor.open.remote(keys))
         assert self.addresses is not None
@@ -46,11 +46,6 @@ class Coordination:
         """Front-ends give these ranks nothing new, and others again. Tries until it is done."""
         self._leaving = tuple(ranks)
         await self._ask(lambda actor: actor.set_leaving.remote(self._epoch.number, self._leaving))
-
-    async def look(self) -> tuple[str, str]:
-        """The addresses it has now; a successor has been told all that its predecessor knew."""
-        assert self._keys is not None
-        return await self.open(self._keys)
 
     async def _ask(self, call: Callable[[ActorHandle], Awaitable[Any]]) -> None:
         while True:

@@ -357,7 +357,7 @@ class EngineManager:
 
     async def _follow_coordinator(self) -> None:
         """Whoever noticed first that it was replaced, all ranks are told, those included that are about to join."""
-        addresses = await self._coordination.look()
+        addresses = await self._coordination.open(self._resources.keys)
         if addresses != self._followed:
             self._followed = addresses
             logger.info("the coordinator is at %s", addresses[0])

@@ -119,8 +119,7 @@ class Experts:
             everyone = gathered[:, : self.hidden]
             all_ids = gathered[:, self.hidden :].view(_ID_DTYPE[self.dtype.itemsize]).cpu().numpy()
             slots = table[self._source[:, None], all_ids].reshape(-1)
-            start = sum(self._tokens[: self.rank_index])
-            own_ids = all_ids[start : start + self._own].reshape(-1)
+            own_ids = all_ids.reshape(-1)[self._borders[self.rank_index] : self._borders[self.rank_index + 1]]
         try:
             self._count(layer, own_ids)
             # The flat pairs that stand here, in flat order: grouped by home rank as the ranks' rows are.
