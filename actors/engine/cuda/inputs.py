@@ -1,0 +1,98 @@
+"""What one step reads: tokens, positions, where keys and values go, what each sequence sees.
+
+All of it stands in one device buffer that never moves, so that a captured graph finds each step's values in the same
+place; one copy from pinned memory fills it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from actors.engine.batch import Batch
+
+
+class Chunk(NamedTuple):
+    """A sequence with several rows in this step: rows ``first .. first + count - 1``, positions from ``start``."""
+
+    first: int
+    count: int
+    start: int
+    sequence: int
+
+
+class StepInputs:
+    """Room for a step of ``max_rows`` tokens in ``max_sequences`` sequences of ``max_blocks`` KV blocks each.
+
+    Device tensors, int32, of which the first ``rows`` or ``sequences`` count: ``ids``, ``positions``, ``targets`` (flat
+    KV slot of a row, -1 where nothing is stored) are ``[max_rows]``; ``lengths`` (tokens a sequence sees, this step's
+    included; 0 for padding), ``last`` (the row that samples, or any row) and ``tables [max_sequences, max_blocks]``
+    are by sequence; ``starts [max_sequences + 1]`` is each sequence's first row. Sequences of one row come first:
+    there are ``decodes`` of them, padding included; ``chunks`` are the others.
+    """
+
+    def __init__(
+        self, max_rows: int, max_sequences: int, max_blocks: int, block_size: int, device: torch.device
+    ) -> None:
+        self.block_size = block_size
+        self.max_rows, self.max_sequences, self.max_blocks = max_rows, max_sequences, max_blocks
+        sizes = [max_rows] * 3 + [max_sequences] * 2 + [max_sequences + 1, max_sequences * max_blocks]
+        borders = np.cumsum([0, *(-(-size // 4) * 4 for size in sizes)])  # 16-byte borders, for wide loads
+        self._host = torch.zeros(int(borders[-1]), dtype=torch.int32, pin_memory=device.type == "cuda")
+        self._device = torch.zeros_like(self._host, device=device)
+
+        def views(of: torch.Tensor) -> list[torch.Tensor]:
+            return [of[start : start + size] for start, size in zip(borders, sizes, strict=False)]
+
+        self.ids, self.positions, self.targets, self.lengths, self.last, self.starts, tables = views(self._device)
+        self.tables = tables.view(max_sequences, max_blocks)
+        host = [view.numpy() for view in views(self._host)]
+        self._ids, self._positions, self._targets, self._lengths, self._last, self._starts, flat = host
+        self._tables = flat.reshape(max_sequences, max_blocks)
+        self._copied: torch.cuda.Event | None = torch.cuda.Event() if device.type == "cuda" else None
+        self.rows = self.sequences = self.decodes = 0
+        self.chunks: list[Chunk] = []
+
+    def fill(self, batch: Batch, padded: Callable[[int], int] | None = None) -> None:
+        """Describe ``batch``. With ``padded`` (rows to rows), which needs a batch of decodes, pad it to that size.
+
+        Returns once the host's side may be written again; the copy to the device is in the stream's order.
+        """
+        if self._copied is not None:
+            self._copied.synchronize()  # the last copy has left the pinned buffer
+        row, self.chunks = 0, []
+        size = self.block_size
+        for sequence, part in enumerate(batch.slices):
+            count, start = len(part.tokens), part.start
+            end, needed = start + count, -(-(start + count) // size)
+            table = self._tables[sequence]
+            table[:needed] = part.blocks[:needed]
+            self._starts[sequence], self._lengths[sequence], self._last[sequence] = row, end, row + count - 1
+            if count == 1:
+                self._ids[row], self._positions[row] = part.tokens[0], start
+                self._targets[row] = part.blocks[start // size] * size + start % size
+            else:
+                self.chunks.append(Chunk(row, count, start, sequence))
+                span = slice(row, row + count)
+                positions = np.arange(start, end, dtype=np.int32)
+                self._ids[span], self._positions[span] = part.tokens, positions
+                self._targets[span] = table[positions // size] * size + positions % size
+            row += count
+        sequences = len(batch.slices)
+        self.rows, self.sequences = row, sequences
+        if padded is not None:
+            if self.chunks:
+                raise ValueError("only a batch of decodes can be padded")
+            self.rows = self.sequences = padded(row)
+            self._ids[row : self.rows] = self._positions[row : self.rows] = 0
+            self._targets[row : self.rows] = -1
+            self._lengths[row : self.rows] = 0
+            self._last[row : self.rows] = self._starts[row : self.rows] = np.arange(row, self.rows)
+        self._starts[self.sequences] = self.rows
+        self.decodes = self.sequences - len(self.chunks)
+        self._device.copy_(self._host, non_blocking=True)
+        if self._copied is not None:
+            self._copied.record()
