@@ -1,1 +1,1 @@
-"""What makes a model fast on GPUs: Triton kernels, fused modules, whole steps as CUDA graphs. Imported only where used."""
+"""What makes a model fast on GPUs: Triton kernels, fused modules, steps as CUDA graphs. Not imported elsewhere."""
