@@ -61,6 +61,10 @@ class AppConfig(BaseModel):
     served_model_name: str | None = Field(None, description="Name in the API; the directory's name when unset.")
     dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="Type of weights and KV cache.")
     device: Literal["cpu", "cuda"] = Field("cpu", description="What ranks compute on.")
+    load_format: Literal["auto", "dummy"] = Field(
+        "auto", description="`dummy`: random weights, for measurements; the model's directory needs none."
+    )
+    seed: int = Field(0, ge=0, description="What dummy weights are drawn by.")
 
     data_parallel_size: Positive = Field(
         1, description="DP ranks to start with. Set it in `user_config`, where changing it restarts nothing."
@@ -97,6 +101,10 @@ class AppConfig(BaseModel):
     max_num_seqs: Positive = Field(64, description="Most sequences in one step of a rank.")
     max_num_batched_tokens: Positive = Field(512, description="Token budget of one step of a rank.")
     max_queue: Positive = Field(1024, description="Requests a rank lets wait; more get 429.")
+    cuda_graphs: tuple[Positive, ...] | None = Field(
+        None,
+        description="Batch sizes for which a step is captured on cuda; unset: a ladder to `max_num_seqs`; `[]`: none.",
+    )
 
     placement_timeout_s: Seconds = Field(60.0, description="Longest wait for placement groups.")
     start_timeout_s: Seconds = Field(600.0, description="Longest wait for all ranks to be ready.")
@@ -164,6 +172,18 @@ class AppConfig(BaseModel):
                 )
         if self.device == "cuda" and self.cpus_per_rank != 1:
             raise ValueError(f"cpus_per_rank={self.cpus_per_rank} is for device=cpu only: leave it out on cuda")
+        if self.seed and self.load_format != "dummy":
+            raise ValueError(
+                f"seed={self.seed} is for load_format=dummy only: leave it out, or set load_format to dummy"
+            )
+        if self.cuda_graphs is not None:
+            if self.device != "cuda":
+                raise ValueError(f"cuda_graphs={list(self.cuda_graphs)} is for device=cuda only: leave it out on cpu")
+            if self.cuda_graphs and max(self.cuda_graphs) > self.max_num_seqs:
+                raise ValueError(
+                    f"cuda_graphs={list(self.cuda_graphs)} has a size above max_num_seqs={self.max_num_seqs}, which no "
+                    "step can have: drop it or raise max_num_seqs"
+                )
         self.placement_request()  # refuses what no placement can satisfy
         return self
 
@@ -214,6 +234,9 @@ class AppConfig(BaseModel):
             threads=self.cpus_per_rank if self.device == "cpu" else 1,
             collective_timeout_s=self.collective_timeout_s,
             client_timeout_s=self.client_timeout_s,
+            load_format=self.load_format,
+            seed=self.seed,
+            cuda_graphs=self.cuda_graphs,
         )
 
     def placement_request(self, size: int | None = None) -> Request:

@@ -14,7 +14,9 @@ class EngineConfig(msgspec.Struct, frozen=True):
     and completion together. ``max_num_batched_tokens`` bounds the tokens of one step, ``max_num_seqs`` its sequences,
     ``max_queue`` the requests waiting (more are refused as ``overloaded``). ``expert_slots`` is the number of physical
     slots per MoE layer, by default what a group of ``min_data_parallel_size`` ranks needs. ``threads`` are torch's
-    intra-op threads. Timeouts are in seconds.
+    intra-op threads. ``load_format`` is ``auto``, the checkpoint, or ``dummy``, random weights by ``seed``.
+    ``cuda_graphs`` are the padded numbers of sequences for which a step is captured (None: a ladder up to
+    ``max_num_seqs``, empty: none). Timeouts are in seconds.
     """
 
     model: str
@@ -32,3 +34,6 @@ class EngineConfig(msgspec.Struct, frozen=True):
     threads: int = 1
     collective_timeout_s: float = 60.0
     client_timeout_s: float = 5.0
+    load_format: str = "auto"
+    seed: int = 0
+    cuda_graphs: tuple[int, ...] | None = None

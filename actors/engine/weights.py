@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,9 @@ import torch
 from safetensors import safe_open
 
 from actors.engine import library
-from actors.engine.experts.map import EMPTY_SLOT
+from actors.engine.dummy import DummyLoader
 from actors.engine.library import Target
+from actors.engine.loader import Loader
 from actors.engine.model import MoEModel
 
 # A smaller tensor is copied: as a view it would keep the whole of its file mapped. Bytes.
@@ -66,16 +67,14 @@ class Checkpoint:
         return self._open[name]
 
 
-class WeightLoader:
+class WeightLoader(Loader):
     """Fills ``model`` from its checkpoint.
 
     Building it checks every key and shape, and raises ValueError naming those missing, unexpected or mismatched.
-    ``load_expert`` may be called at any time between steps.
     """
 
     def __init__(self, model: MoEModel, device: torch.device) -> None:
-        self.model = model
-        self.device = device
+        super().__init__(model, device)
         self.checkpoint = Checkpoint(model.directory)
         targets, unexpected = library.targets(model.module, self.checkpoint.keys())
         layer_of = {name: layer for layer, name in enumerate(model.experts_names)}
@@ -90,37 +89,22 @@ class WeightLoader:
                 self._dense[target.parameter] = key
         self._check(unexpected)
 
-    def load_dense(self) -> None:
-        """Load every parameter and buffer outside the experts, and compute the buffers no checkpoint holds."""
-        module = self.model.module
-        for names in self._tied_parameters():
-            key = next(self._dense[name] for name in names if name in self._dense)
-            tensor = self._to_device(self.checkpoint.read(key), library.dtype_of(module, names[0], self.model.dtype))
-            parameter = torch.nn.Parameter(tensor, requires_grad=False)
-            for name in names:
-                owner, _, leaf = name.rpartition(".")
-                setattr(module.get_submodule(owner), leaf, parameter)
-        for name in self._persistent_buffers():
-            owner, _, leaf = name.rpartition(".")
-            buffers = module.get_submodule(owner)._buffers
-            tensor = self.checkpoint.read(self._dense[name])
-            dtype = library.dtype_of(module, name, self.model.dtype) if tensor.is_floating_point() else tensor.dtype
-            buffers[leaf] = self._to_device(tensor, dtype)
-        library.initialise_buffers(module, self.device)
+    @property
+    def bytes_read(self) -> int:  # type: ignore[override]
+        return self.checkpoint.bytes_read
 
-    def load_experts(self, slots: Sequence[Sequence[int]]) -> None:
-        """Load ``slots[layer][slot]``, one rank's share of an expert map."""
-        for layer, row in enumerate(slots):
-            for slot, expert in enumerate(row):
-                if expert != EMPTY_SLOT:
-                    self.load_expert(layer, expert, slot)
+    def close(self) -> None:
+        self.checkpoint.close()
 
-    def load_expert(self, layer: int, expert: int, slot: int) -> None:
-        """Read one expert of one MoE layer from the checkpoint into one physical slot."""
-        self.model.experts.layers[layer].put(slot, self.make_expert(layer, expert))
+    def _parameter(self, names: Sequence[str], dtype: torch.dtype) -> torch.Tensor:
+        key = next(self._dense[name] for name in names if name in self._dense)
+        return self._to_device(self.checkpoint.read(key), dtype)
 
-    def make_expert(self, layer: int, expert: int) -> Any:
-        """One expert of one MoE layer from the checkpoint, ready to be put into a slot."""
+    def _buffer(self, name: str, dtype: torch.dtype) -> torch.Tensor:
+        tensor = self.checkpoint.read(self._dense[name])
+        return self._to_device(tensor, dtype if tensor.is_floating_point() else tensor.dtype)
+
+    def _expert(self, layer: int, expert: int) -> Mapping[str, torch.Tensor]:
         weights = {}
         for leaf, pieces in self._experts[layer].items():
             if pieces[0][1].expert is None:
@@ -129,27 +113,11 @@ class WeightLoader:
                 own = {target.part: key for key, target in pieces if target.expert == expert}
                 tensor = torch.cat([self.checkpoint.read(own[part]) for part in sorted(own)])
             weights[leaf] = self._to_device(tensor, self.model.dtype)
-        return self.model.experts.layers[layer].make(weights)
+        return weights
 
     def _to_device(self, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         copy = tensor.numel() * tensor.element_size() < _WORTH_MAPPING
         return tensor.to(device=self.device, dtype=dtype, copy=copy)
-
-    def _tied_parameters(self) -> list[list[str]]:
-        """Names of dense parameters, those of one tensor together."""
-        names: dict[int, list[str]] = defaultdict(list)
-        for name, parameter in self.model.module.named_parameters(remove_duplicate=False):
-            if name.rpartition(".")[0] not in self.model.experts_names:
-                names[id(parameter)].append(name)
-        return list(names.values())
-
-    def _persistent_buffers(self) -> list[str]:
-        temporary = {
-            f"{name}.{buffer}" if name else buffer
-            for name, module in self.model.module.named_modules()
-            for buffer in module._non_persistent_buffers_set
-        }
-        return [name for name, _ in self.model.module.named_buffers() if name not in temporary]
 
     def _check(self, unexpected: list[str]) -> None:
         module = self.model.module
@@ -200,3 +168,15 @@ class WeightLoader:
             if self.checkpoint.shape(key) != expected
         ]
         return missing, wrong
+
+
+def open_loader(model: MoEModel, device: torch.device, load_format: str = "auto", seed: int = 0) -> Loader:
+    """The loader for ``load_format``: ``auto``, the model's checkpoint, or ``dummy``, random weights by ``seed``.
+
+    Raises ValueError on another format, and on a checkpoint that does not fit the model.
+    """
+    if load_format == "auto":
+        return WeightLoader(model, device)
+    if load_format == "dummy":
+        return DummyLoader(model, device, seed)
+    raise ValueError(f"load_format {load_format!r} is not one of auto, dummy")
