@@ -57,6 +57,7 @@ class EngineCore:
         self._last_stats: tuple[int, int, int] | None = None
         self._heard: dict[bytes, float] = {}
         self._salvage: Salvage | None = None
+        self._held: list[Output] = []  # of the last step: sent beside the next one
         self._stopping = False
         self._counters = {"steps": 0, "dummy_steps": 0, "step_failures": 0}
         self._scheduler = Scheduler(
@@ -212,6 +213,7 @@ class EngineCore:
                 self._prepared().load_next(self._runner)
                 self._report_prefetched()
             self._publish_stats()
+        self._flush()
         self.abandon()
         self._exchange.close()
         self.mailbox.close()
@@ -262,13 +264,16 @@ class EngineCore:
         work = any(vector[0] for vector in vectors)
         self._take(self._waves.synced(work))
         if not work:
+            self._flush()
             return
         self._step(batch, [vector[1] for vector in vectors], salvage)
         if self._ballot.switches([vector[2] for vector in vectors]):
+            self._flush()
             self._switch()
 
     def _step(self, batch: Batch, tokens: list[int], salvage: Salvage | None) -> None:
         if not batch.slices:
+            self._flush()
             self._counters["dummy_steps"] += 1
             if any(tokens):
                 self._runner.dummy_step(tokens)
@@ -286,7 +291,14 @@ class EngineCore:
             salvage.take(results)
             self._finish_salvage()
         else:
-            self._emit(self._scheduler.commit(batch, results))
+            self._held = self._scheduler.commit(batch, results)
+            if not self._runner.asynchronous:
+                self._flush()
+
+    def _flush(self) -> None:
+        """Sends what the last step gave."""
+        held, self._held = self._held, []
+        self._emit(held)
 
     def _switch(self) -> None:
         """Leaves the present epoch for the prepared one: all its members are in this method at the same step."""
@@ -320,13 +332,16 @@ class EngineCore:
             done(standby.loaded)
 
     def _compute(self, batch: Batch, tokens: list[int]) -> list[Sampled | wire.Failure]:
-        logits = self._runner.step(batch, tokens)
-        return sampler.sample(logits, batch.sampling_slices)
+        """Launches the step, tells the clients of the one before while a GPU is busy with it, then takes its tokens."""
+        sampling = sampler.Sampling(self._runner.step(batch, tokens), batch.sampling_slices)
+        self._flush()
+        return sampling.results()
 
     # --- a request that makes the model raise ----------------------------------------------------------------------
 
     def _failed(self, batch: Batch, error: StepFailed) -> None:
         """The model raised: the slices of the batch run alone, one a step, until the culprit is found."""
+        self._flush()
         if self._salvage is None:
             logger.warning("the model raised on a step of %d requests; running them one by one", len(batch.slices))
             self._salvage = Salvage(batch)

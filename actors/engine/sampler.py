@@ -50,39 +50,57 @@ def uniform(seed: int, position: int) -> float:
     return bits * 2.0**-53
 
 
-@torch.inference_mode()
 def sample(logits: Tensor, slices: Sequence[Slice]) -> list[Sampled | Failure]:
-    """The next token of each slice.
+    """The next token of each slice: ``Sampling(logits, slices).results()``."""
+    return Sampling(logits, slices).results()
+
+
+class Sampling:
+    """Draws the next token of each slice, on the device where ``logits`` is; ``results`` waits for it.
 
     ``logits`` is [S, V] of any floating dtype, row ``i`` belongs to ``slices[i]``; it is left as it is. A row with NaN
     or +inf, or with no finite logit, gives a ``Failure`` in its place and does not touch the others. Log probabilities
     are natural logarithms of the model's own distribution: the softmax of the row before any of the above.
     Raises ValueError unless there are as many rows as slices.
     """
-    if logits.dim() != 2 or logits.shape[0] != len(slices):
-        raise ValueError(f"logits of shape {tuple(logits.shape)} for {len(slices)} slices: one row per slice is needed")
-    if not slices:
-        return []
-    edited = _edit(logits, slices)
-    tokens, best = _argmax(edited)
-    random = [row for row, piece in enumerate(slices) if piece.sampling.temperature >= MIN_TEMPERATURE]
-    at_once = CPU_ROWS if logits.device.type == "cpu" else len(slices)
-    for start in range(0, len(random), at_once):
-        some = random[start : start + at_once]
-        rows = torch.tensor(some, device=logits.device)
-        tokens[rows] = _draw(edited.index_select(0, rows).float(), best[rows].float(), [slices[row] for row in some])
-    # A draw from NaN may point past the end, and no bad row may become an index error.
-    tokens.clamp_(max=logits.shape[1] - 1)
-    logprobs = _logprobs(logits, tokens, slices)
-    results: list[Sampled | Failure] = []
-    # One transfer for both; token ids are exact in float64.
-    for piece, (token, peak) in zip(slices, torch.stack((tokens.double(), best.double()), 1).tolist(), strict=True):
-        row = len(results)
-        if math.isfinite(peak) and (row not in logprobs or math.isfinite(logprobs[row].logprob)):
-            results.append(Sampled(int(token), logprobs.get(row)))
-        else:
-            results.append(_failure(piece, peak))
-    return results
+
+    @torch.inference_mode()
+    def __init__(self, logits: Tensor, slices: Sequence[Slice]) -> None:
+        if logits.dim() != 2 or logits.shape[0] != len(slices):
+            raise ValueError(
+                f"logits of shape {tuple(logits.shape)} for {len(slices)} slices: one row per slice is needed"
+            )
+        self._slices = slices
+        if not slices:
+            return
+        edited = _edit(logits, slices)
+        tokens, best = _argmax(edited)
+        random = [row for row, piece in enumerate(slices) if piece.sampling.temperature >= MIN_TEMPERATURE]
+        at_once = CPU_ROWS if logits.device.type == "cpu" else len(slices)
+        for start in range(0, len(random), at_once):
+            some = random[start : start + at_once]
+            rows = torch.tensor(some, device=logits.device)
+            tokens[rows] = _draw(
+                edited.index_select(0, rows).float(), best[rows].float(), [slices[row] for row in some]
+            )
+        # A draw from NaN may point past the end, and no bad row may become an index error.
+        tokens.clamp_(max=logits.shape[1] - 1)
+        self._logprobs = _logprobs(logits, tokens, slices)
+        # One transfer for both; token ids are exact in float64.
+        self._drawn = torch.stack((tokens.double(), best.double()), 1)
+
+    def results(self) -> list[Sampled | Failure]:
+        results: list[Sampled | Failure] = []
+        if not self._slices:
+            return results
+        logprobs = self._logprobs
+        for piece, (token, peak) in zip(self._slices, self._drawn.tolist(), strict=True):
+            row = len(results)
+            if math.isfinite(peak) and (row not in logprobs or math.isfinite(logprobs[row].logprob)):
+                results.append(Sampled(int(token), logprobs.get(row)))
+            else:
+                results.append(_failure(piece, peak))
+        return results
 
 
 def _failure(piece: Slice, peak: float) -> Failure:

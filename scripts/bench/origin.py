@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import importlib.metadata
 import os
@@ -30,17 +31,32 @@ def hardware() -> dict[str, Any]:
     model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown")
     total = int(Path("/proc/meminfo").read_text().split()[1]) * 1024
     cores = len(os.sched_getaffinity(0))
-    return {"cpu": model, "cores": cores, "memory_bytes": total, "kernel": platform.release()}
+    known = {"cpu": model, "cores": cores, "memory_bytes": total, "kernel": platform.release()}
+    if gpus := _gpus():
+        known["gpus"] = gpus
+    return known
+
+
+def _gpus() -> list[str]:
+    with contextlib.suppress(FileNotFoundError):
+        asked = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True)
+        return [line.split(" (")[0] for line in asked.stdout.splitlines()]
+    return []
 
 
 def own_versions() -> dict[str, str]:
-    packages = ("accordion", "torch", "transformers", "ray")
-    return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in packages}
+    known = {"python": platform.python_version()}
+    for name in ("accordion", "torch", "transformers", "ray", "triton"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            known[name] = importlib.metadata.version(name)
+    return known
 
 
 def commit() -> str:
-    asked = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
-    return asked.stdout.strip() or "unknown"
+    with contextlib.suppress(FileNotFoundError):
+        asked = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
+        return asked.stdout.strip() or "unknown"
+    return "unknown"
 
 
 def relative(text: str) -> str:

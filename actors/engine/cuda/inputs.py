@@ -30,8 +30,9 @@ class StepInputs:
     Device tensors, int32, of which the first ``rows`` or ``sequences`` count: ``ids``, ``positions``, ``targets`` (flat
     KV slot of a row, -1 where nothing is stored) are ``[max_rows]``; ``lengths`` (tokens a sequence sees, this step's
     included; 0 for padding), ``last`` (the row that samples, or any row) and ``tables [max_sequences, max_blocks]``
-    are by sequence; ``starts [max_sequences + 1]`` is each sequence's first row. Sequences of one row come first:
-    there are ``decodes`` of them, padding included; ``chunks`` are the others.
+    are by sequence; ``starts [max_sequences + 1]`` is each sequence's first row; ``count [1]`` the rows without padding.
+    Sequences of one row come first: there are ``decodes`` of them, padding included; ``chunks`` are those that follow
+    (a prompt's last token behind another chunk is a chunk of one row).
     """
 
     def __init__(
@@ -39,7 +40,7 @@ class StepInputs:
     ) -> None:
         self.block_size = block_size
         self.max_rows, self.max_sequences, self.max_blocks = max_rows, max_sequences, max_blocks
-        sizes = [max_rows] * 3 + [max_sequences] * 2 + [max_sequences + 1, max_sequences * max_blocks]
+        sizes = [1] + [max_rows] * 3 + [max_sequences] * 2 + [max_sequences + 1, max_sequences * max_blocks]
         borders = np.cumsum([0, *(-(-size // 4) * 4 for size in sizes)])  # 16-byte borders, for wide loads
         self._host = torch.zeros(int(borders[-1]), dtype=torch.int32, pin_memory=device.type == "cuda")
         self._device = torch.zeros_like(self._host, device=device)
@@ -47,10 +48,12 @@ class StepInputs:
         def views(of: torch.Tensor) -> list[torch.Tensor]:
             return [of[start : start + size] for start, size in zip(borders, sizes, strict=False)]
 
-        self.ids, self.positions, self.targets, self.lengths, self.last, self.starts, tables = views(self._device)
+        self.count, self.ids, self.positions, self.targets, self.lengths, self.last, self.starts, tables = views(
+            self._device
+        )
         self.tables = tables.view(max_sequences, max_blocks)
         host = [view.numpy() for view in views(self._host)]
-        self._ids, self._positions, self._targets, self._lengths, self._last, self._starts, flat = host
+        self._count, self._ids, self._positions, self._targets, self._lengths, self._last, self._starts, flat = host
         self._tables = flat.reshape(max_sequences, max_blocks)
         self._copied: torch.cuda.Event | None = torch.cuda.Event() if device.type == "cuda" else None
         self.rows = self.sequences = self.decodes = 0
@@ -71,7 +74,7 @@ class StepInputs:
             table = self._tables[sequence]
             table[:needed] = part.blocks[:needed]
             self._starts[sequence], self._lengths[sequence], self._last[sequence] = row, end, row + count - 1
-            if count == 1:
+            if count == 1 and not self.chunks:
                 self._ids[row], self._positions[row] = part.tokens[0], start
                 self._targets[row] = part.blocks[start // size] * size + start % size
             else:
@@ -83,6 +86,7 @@ class StepInputs:
             row += count
         sequences = len(batch.slices)
         self.rows, self.sequences = row, sequences
+        self._count[0] = row
         if padded is not None:
             if self.chunks:
                 raise ValueError("only a batch of decodes can be padded")

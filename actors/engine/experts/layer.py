@@ -69,6 +69,10 @@ class Experts:
         self.exchange = exchange
         self._num_slots = routing.num_slots
 
+    def reset_counts(self) -> None:
+        """Forget what was chosen and computed so far."""
+        self.chosen[:] = self.computed = 0
+
     def begin(self, tokens_per_rank: Sequence[int]) -> None:
         """Start a step in which rank index ``i`` has ``tokens_per_rank[i]`` tokens.
 

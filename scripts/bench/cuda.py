@@ -1,0 +1,357 @@
+"""Times the engine on a GPU in this process, without HTTP: decode steps, prefill, an offline batch; prints a table.
+
+    python scripts/bench/cuda.py --json OUT [--model DIR] [--only decode,prefill,batch,profile] [--no-graphs]
+
+Without ``--model`` the shape is Qwen3-30B-A3B's, with random weights. A decode step's floor is what it must read (dense
+weights, the experts that its tokens chose, keys and values) over the copy bandwidth measured in the same run; a
+prefill's is its products and attention over the bf16 matrix rate measured in the same run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import random
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import origin
+import torch
+
+from actors.engine import sampler
+from actors.engine.attention.base import bytes_per_block
+from actors.engine.batch import Batch, Slice
+from actors.engine.blocks import BlockPool
+from actors.engine.config import EngineConfig
+from actors.engine.experts.exchange import SoloExchange
+from actors.engine.experts.planner import Shape, plan
+from actors.engine.experts.routing import Routing
+from actors.engine.request import Request
+from actors.engine.runner import ModelRunner
+from actors.engine.scheduler import Scheduler
+from actors.wire import SamplingParams
+
+QWEN3_30B_A3B = {
+    "architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "attention_bias": False,
+    "bos_token_id": 151643, "decoder_sparse_step": 1, "eos_token_id": 151645, "head_dim": 128, "hidden_act": "silu",
+    "hidden_size": 2048, "intermediate_size": 6144, "max_position_embeddings": 40960, "mlp_only_layers": [], "moe_intermediate_size": 768,
+    "norm_topk_prob": True, "num_attention_heads": 32, "num_experts": 128, "num_experts_per_tok": 8,
+    "num_hidden_layers": 48, "num_key_value_heads": 4, "rms_norm_eps": 1e-6, "rope_theta": 1000000.0,
+    "tie_word_embeddings": False, "vocab_size": 151936, "dtype": "bfloat16",
+}  # fmt: skip
+CONTEXT = 1024
+STEPS = 24
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--model", type=Path, help="a checkpoint; default: Qwen3-30B-A3B's shape, random weights")
+    parser.add_argument("--only", default="decode,prefill,batch", help="which parts, and whether to profile")
+    parser.add_argument("--decode", default="1,8,64,128", help="numbers of running requests")
+    parser.add_argument("--requests", type=int, default=512, help="requests of the offline batch")
+    parser.add_argument("--layers", type=int, default=48, help="decoder layers of the default shape")
+    parser.add_argument("--no-graphs", action="store_true", help="every step operator by operator")
+    arguments = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(relativeCreated)7.0f ms %(message)s")
+    with tempfile.TemporaryDirectory() as made:
+        if arguments.model is None:
+            shape = QWEN3_30B_A3B | {"num_hidden_layers": arguments.layers}
+            (Path(made) / "config.json").write_text(json.dumps(shape))
+        result = measure(arguments, arguments.model or Path(made))
+    if arguments.json:
+        arguments.json.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def measure(arguments: argparse.Namespace, model: Path) -> dict[str, Any]:
+    sizes = [int(size) for size in arguments.decode.split(",")]
+    config = EngineConfig(
+        model=str(model), dtype="bfloat16", device="cuda", max_model_len=8192 + 256, max_num_seqs=256,
+        max_num_batched_tokens=8192, memory_fraction=0.9, load_format="auto" if arguments.model else "dummy",
+        cuda_graphs=() if arguments.no_graphs else None, threads=8,
+    )  # fmt: skip
+    rates = {"copy": copy_bandwidth(), "matrix": matrix_rate()}
+    print(f"copy {rates['copy'] / 1e12:.2f} TB/s read and written, bf16 products {rates['matrix'] / 1e12:.0f} TFLOP/s")
+    started = time.monotonic()
+    runner = build(config)
+    torch.cuda.synchronize()
+    loaded = time.monotonic() - started
+    runner.warm_up()
+    torch.cuda.synchronize()
+    ready = time.monotonic() - started
+    print(f"ready after {ready:.1f} s, weights and memory {loaded:.1f} s; {runner.num_kv_blocks} KV blocks")
+    only = arguments.only.split(",")
+    result: dict[str, Any] = {"rates": rates, "ready_s": ready, "loaded_s": loaded, "kv_blocks": runner.num_kv_blocks}
+    if "decode" in only:
+        result["decode"] = [decode(runner, size, rates["copy"]) for size in sizes]
+    if "profile" in only:
+        for size in sizes:
+            profile(f"decode of {size}", lambda size=size: Decodes(runner, size).step())
+        profile("prefill of 8,192", lambda: prefill_step(runner, [8192]))
+    if "prefill" in only:
+        result["prefill"] = [prefill(runner, lengths, rates["matrix"]) for lengths in ([8192], [1024] * 8)]
+    if "batch" in only:
+        result["batch"] = offline(runner, arguments.requests, 512, 256)
+    table(result)
+    return result | {"origin": origin.origin()}
+
+
+def build(config: EngineConfig) -> ModelRunner:
+    from actors.engine.model import summarize
+
+    summary = summarize(config.model)
+    slots = plan(Shape(summary.num_moe_layers, summary.num_experts), (0,))
+    return ModelRunner(config, Routing(slots, 0), SoloExchange())
+
+
+# --- ceilings --------------------------------------------------------------------------------------------------------
+
+
+def copy_bandwidth() -> float:
+    """Bytes read and written per second by a large copy on the device."""
+    source = torch.randint(256, (2 << 30,), dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    return 2 * source.numel() / timed(lambda: target.copy_(source))
+
+
+def matrix_rate() -> float:
+    """Operations per second of a large bf16 product of random matrices."""
+    a, b = (torch.randn(8192, 8192, dtype=torch.bfloat16, device="cuda") for _ in range(2))
+    return 2 * 8192**3 / timed(lambda: a @ b)
+
+
+def timed(call: Callable[[], Any], repeats: int = 20) -> float:
+    """Median seconds of ``call`` on the device."""
+    for _ in range(3):
+        call()
+    times = []
+    for _ in range(repeats):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        call()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(end) / 1e3)
+    return statistics.median(times)
+
+
+# --- decode ----------------------------------------------------------------------------------------------------------
+
+
+class Decodes:
+    """``count`` sequences of ``CONTEXT`` tokens, each in blocks of its own; ``step`` adds a random token to each."""
+
+    def __init__(self, runner: ModelRunner, count: int) -> None:
+        self._runner = runner
+        self._draw = random.Random(count)
+        size = runner.config.block_size
+        needed = -(-(CONTEXT + 2 * STEPS + 8) // size)
+        self._blocks = [list(range(i * needed, (i + 1) * needed)) for i in range(count)]
+        self._length = CONTEXT
+
+    def batch(self) -> Batch:
+        vocab = self._runner.summary.vocab_size
+        slices = []
+        for blocks in self._blocks:
+            token = self._draw.randrange(vocab)
+            slices.append(Slice("x", [token], self._length, blocks, True, [], [], SamplingParams(max_tokens=1)))
+        return Batch(tuple(slices))
+
+    def step(self) -> tuple[float, float]:
+        """Seconds of the device's work on the model, and of everything until the tokens are here."""
+        batch = self.batch()
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        began = time.perf_counter()
+        start.record()
+        logits = self._runner.step(batch, [len(self._blocks)])
+        end.record()
+        sampler.sample(logits, batch.slices)
+        whole = time.perf_counter() - began
+        torch.cuda.synchronize()
+        return start.elapsed_time(end) / 1e3, whole
+
+
+def decode(runner: ModelRunner, count: int, bandwidth: float) -> dict[str, Any]:
+    decodes = Decodes(runner, count)
+    for _ in range(3):
+        decodes.step()
+    experts = runner.model.experts
+    distinct, before, times = [], np.array(experts.chosen), []
+    for _ in range(STEPS):
+        times.append(decodes.step())
+        after = np.array(experts.chosen)
+        distinct.append(float((after > before).sum(axis=1).mean()))
+        before = after
+    read = bytes_read(runner, count, statistics.mean(distinct))
+    device, whole = (statistics.median(part) for part in zip(*times, strict=True))
+    floor = sum(read.values()) / bandwidth
+    return {
+        "requests": count, "step_ms": device * 1e3, "with_sampling_ms": whole * 1e3, "floor_ms": floor * 1e3,
+        "over_floor": device / floor, "distinct_experts": statistics.mean(distinct), "read_bytes": read,
+    }  # fmt: skip
+
+
+def bytes_read(runner: ModelRunner, count: int, distinct: float) -> dict[str, float]:
+    """What a decode step must read, by kind."""
+    module, config = runner.model.module, runner.config
+    expert_names = tuple(runner.model.experts_names)
+    embedding = module.get_input_embeddings().weight
+    dense = {
+        parameter.data_ptr(): parameter.numel() * parameter.element_size()
+        for name, parameter in module.named_parameters()
+        if not name.startswith(expert_names) and parameter is not embedding
+    }
+    expert = sum(
+        np.prod(shape[1:]) * runner.model.dtype.itemsize
+        for shapes in runner.model.experts_shapes
+        for shape in shapes.values()
+    )
+    block = bytes_per_block(runner.model.kv_shapes, config.block_size, runner.model.dtype)
+    return {
+        "dense": float(sum(dense.values())),
+        "experts": float(expert * distinct),
+        "kv": float(count * CONTEXT * block / config.block_size),
+    }
+
+
+# --- prefill ---------------------------------------------------------------------------------------------------------
+
+
+def prefill_step(runner: ModelRunner, lengths: list[int]) -> torch.Tensor:
+    size, draw, first, slices = runner.config.block_size, random.Random(len(lengths)), 0, []
+    for length in lengths:
+        tokens = [draw.randrange(runner.summary.vocab_size) for _ in range(length)]
+        blocks = list(range(first, first := first + -(-length // size)))
+        slices.append(Slice("x", tokens, 0, blocks, True, tokens, [], SamplingParams(max_tokens=1)))
+    return runner.step(Batch(tuple(slices)), [sum(lengths)])
+
+
+def prefill(runner: ModelRunner, lengths: list[int], rate: float) -> dict[str, Any]:
+    for _ in range(2):
+        prefill_step(runner, lengths)
+    torch.cuda.synchronize()
+    times = []
+    for _ in range(7):
+        began = time.perf_counter()
+        prefill_step(runner, lengths)
+        torch.cuda.synchronize()
+        times.append(time.perf_counter() - began)
+    seconds, operations = statistics.median(times), sum(products(runner, lengths).values())
+    return {
+        "lengths": lengths,
+        "ms": seconds * 1e3,
+        "operations": operations,
+        "of_matrix_rate": operations / seconds / rate,
+    }
+
+
+def products(runner: ModelRunner, lengths: list[int]) -> dict[str, float]:
+    """Operations that a prefill must do: dense and experts' products, and causal attention."""
+    model, tokens = runner.model, sum(lengths)
+    names = tuple(model.experts_names)
+    head = {id(module) for module in (model.module.get_output_embeddings(), model.module.get_input_embeddings())}
+    dense = sum(
+        module.weight.numel()
+        for name, module in model.module.named_modules()
+        if isinstance(getattr(module, "weight", None), torch.Tensor)
+        and module.weight.dim() == 2
+        and id(module) not in head
+        and not name.startswith(names)
+    )
+    expert = sum(float(np.prod(shape[1:])) for shapes in model.experts_shapes for shape in shapes.values())
+    heads = model.module.config.get_text_config().num_attention_heads
+    attention = sum(
+        sum(2 * (length * length / 2) * heads * (shape.key_width + shape.value_width) for length in lengths)
+        for shape in model.kv_shapes
+    )
+    return {
+        "dense": 2.0 * dense * tokens,
+        "experts": 2.0 * expert * model.summary.top_k * tokens,
+        "attention": float(attention),
+    }
+
+
+# --- an offline batch ------------------------------------------------------------------------------------------------
+
+
+def offline(runner: ModelRunner, count: int, prompt: int, generate: int) -> dict[str, Any]:
+    """All requests at once through scheduler, runner and sampler; output tokens/s."""
+    config, draw = runner.config, random.Random(1)
+    scheduler = Scheduler(
+        BlockPool(runner.num_kv_blocks, config.block_size), max_model_len=config.max_model_len,
+        max_num_seqs=config.max_num_seqs, max_num_batched_tokens=config.max_num_batched_tokens,
+        max_queue=config.max_queue, vocab_size=runner.summary.vocab_size,
+    )  # fmt: skip
+    for i in range(count):
+        tokens = [draw.randrange(runner.summary.vocab_size) for _ in range(prompt)]
+        scheduler.add(Request(str(i), b"", tokens, SamplingParams(max_tokens=generate)))
+    began, steps, made, waited = time.perf_counter(), 0, 0, 0.0
+    for batch in batches(scheduler):
+        sampling = sampler.Sampling(runner.step(batch, [batch.num_tokens]), batch.sampling_slices)
+        launched = time.perf_counter()
+        results = sampling.results()
+        waited += time.perf_counter() - launched
+        made += len(scheduler.commit(batch, results))
+        steps += 1
+    seconds = time.perf_counter() - began
+    return {
+        "requests": count, "prompt": prompt, "generated": generate, "seconds": seconds, "steps": steps,
+        "output_tokens_per_s": made / seconds, "preemptions": scheduler.preemptions,
+        "host_waits_for_device": waited / seconds,
+    }  # fmt: skip
+
+
+def batches(scheduler: Scheduler) -> Iterator[Batch]:
+    while (batch := scheduler.schedule()).slices:
+        yield batch
+
+
+# --- where the time goes ---------------------------------------------------------------------------------------------
+
+
+def profile(what: str, call: Callable[[], Any]) -> None:
+    """Prints the device time of a step by kernel, the largest first."""
+    from torch.profiler import ProfilerActivity
+
+    call()
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[ProfilerActivity.CUDA]) as recorded:
+        call()
+        torch.cuda.synchronize()
+    kernels = [event for event in recorded.key_averages() if event.device_time_total]
+    total = sum(event.device_time_total for event in kernels)
+    launches = sum(event.count for event in kernels)
+    print(f"\n{what}: {total / 1e3:.2f} ms in {launches} kernels")
+    for event in sorted(kernels, key=lambda event: -event.device_time_total)[:16]:
+        each = event.device_time_total / event.count
+        print(f"  {event.device_time_total / 1e3:8.3f} ms {event.count:5d} x {each:8.2f} us  {event.key[:90]}")
+
+
+def table(result: dict[str, Any]) -> None:
+    for row in result.get("decode", []):
+        read = ", ".join(f"{kind} {size / 1e9:.2f} GB" for kind, size in row["read_bytes"].items())
+        print(
+            f"decode of {row['requests']}: {row['step_ms']:.2f} ms, with sampling {row['with_sampling_ms']:.2f} ms;",
+            end="",
+        )
+        print(f" floor {row['floor_ms']:.2f} ms ({read}): {row['over_floor']:.2f} times")
+    for row in result.get("prefill", []):
+        print(f"prefill of {len(row['lengths'])} x {row['lengths'][0]}: {row['ms']:.1f} ms,", end="")
+        print(f" {row['operations'] / 1e12:.1f} TFLOP, {row['of_matrix_rate']:.0%} of the matrix rate")
+    if batch := result.get("batch"):
+        print(f"offline: {batch['requests']} requests of {batch['prompt']} in, {batch['generated']} out:", end="")
+        print(
+            f" {batch['seconds']:.1f} s, {batch['output_tokens_per_s']:.0f} output tokens/s, {batch['steps']} steps,",
+            end="",
+        )
+        print(f" host waits for the device {batch['host_waits_for_device']:.0%} of the time")
+
+
+if __name__ == "__main__":
+    main()
