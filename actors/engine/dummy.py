@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
+from actors.engine.experts.slots import StackedSlots
 from actors.engine.loader import Loader
 from actors.engine.model import MoEModel
 
@@ -29,8 +31,21 @@ class DummyLoader(Loader):
         super().__init__(model, device)
         self.seed = seed
         self._generator = torch.Generator(device)
+        self._drawing = threading.Lock()
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._head = model.module.get_output_embeddings()
         self._modules: list[Any] = [model.module.get_submodule(name) for name in model.experts_names]
+
+    def load_expert(self, layer: int, expert: int, slot: int) -> None:
+        slots = self.model.experts.layers[layer]
+        if isinstance(slots, StackedSlots):  # in place: no copy
+            self._fill_expert(layer, expert, slots.rows(slot))
+        else:
+            super().load_expert(layer, expert, slot)
+
+    def make_expert(self, layer: int, expert: int) -> Any:
+        with self._drawing, torch.cuda.stream(self._stream):
+            return super().make_expert(layer, expert)
 
     def _parameter(self, names: Sequence[str], dtype: torch.dtype) -> torch.Tensor:
         name, shape = names[0], self.model.module.get_parameter(names[0]).shape
@@ -50,20 +65,31 @@ class DummyLoader(Loader):
         return self._draw(name, buffer.shape, dtype, 0.0, 0.2)
 
     def _expert(self, layer: int, expert: int) -> Mapping[str, torch.Tensor]:
-        weights = {}
-        for leaf, (_, *shape) in self.model.experts_shapes[layer].items():
-            if len(shape) == 1:
-                deviation = 0.2
-            else:
-                deviation = _GAIN * shape[-2 if self._modules[layer].is_transposed else -1] ** -0.5
-            name = f"{self.model.experts_names[layer]}.{leaf}[{expert}]"
-            weights[leaf] = self._draw(name, torch.Size(shape), self.model.dtype, 0.0, deviation)
+        weights = {
+            leaf: torch.empty(shape[1:], dtype=self.model.dtype, device=self.device)
+            for leaf, shape in self.model.experts_shapes[layer].items()
+        }
+        self._fill_expert(layer, expert, weights)
         return weights
 
+    def _fill_expert(self, layer: int, expert: int, weights: Mapping[str, torch.Tensor]) -> None:
+        for leaf, tensor in weights.items():
+            if tensor.dim() == 1:
+                deviation = 0.2
+            else:
+                deviation = _GAIN * tensor.shape[0 if self._modules[layer].is_transposed else 1] ** -0.5
+            self._fill(f"{self.model.experts_names[layer]}.{leaf}[{expert}]", tensor, 0.0, deviation)
+
     def _draw(self, name: str, shape: torch.Size, dtype: torch.dtype, mean: float, deviation: float) -> torch.Tensor:
-        """Normal numbers that depend on the seed and ``name``, in place: no second copy in another dtype."""
+        tensor = torch.empty(shape, dtype=dtype, device=self.device)
+        self._fill(name, tensor, mean, deviation)
+        return tensor
+
+    def _fill(self, name: str, tensor: torch.Tensor, mean: float, deviation: float) -> None:
+        """Normal numbers that depend on the seed and ``name``."""
         digest = hashlib.blake2b(f"{self.seed}:{name}".encode(), digest_size=7).digest()
         self._generator.manual_seed(int.from_bytes(digest, "big"))
-        tensor = torch.empty(shape, dtype=dtype, device=self.device)
-        self.bytes_read += tensor.numel() * tensor.element_size()
-        return tensor.normal_(mean, deviation, generator=self._generator)
+        tensor.normal_(mean, deviation, generator=self._generator)
+        size = tensor.numel() * tensor.element_size()
+        self.bytes_read += size
+        self._advance(size)

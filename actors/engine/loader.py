@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
+import time
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -13,12 +16,15 @@ from actors.engine import library
 from actors.engine.experts.map import EMPTY_SLOT
 from actors.engine.model import MoEModel
 
+Progress = Callable[[int, int], None]
+_TELL_S = 0.25
+
 
 class Loader(ABC):
     """Gives ``model`` its weights on ``device``: what is dense whole, of the experts those that are asked for.
 
-    ``load_expert`` and ``make_expert`` may be called at any time between steps. ``bytes_read`` counts the bytes that
-    were handed out, in the dtype of their source.
+    First ``load_dense``, then ``load_experts``; then ``make_expert`` may be called between steps, ``request_expert`` at
+    any time. ``bytes_read`` counts the bytes that were handed out, in the dtype of their source.
     """
 
     bytes_read: int = 0
@@ -26,6 +32,23 @@ class Loader(ABC):
     def __init__(self, model: MoEModel, device: torch.device) -> None:
         self.model = model
         self.device = device
+        self._progress: Progress | None = None
+        self._done = self._total = 0
+        self._told = 0.0
+        self._worker: ThreadPoolExecutor | None = None
+
+    def watch(self, progress: Progress, slots: Sequence[Sequence[int]]) -> None:
+        """From now on ``progress(done, total)`` is told the bytes in their places, a few times a second.
+
+        ``total`` is what ``load_dense`` and ``load_experts(slots)`` fill together.
+        """
+        module, itemsize = self.model.module, self.model.dtype.itemsize
+        dense = sum(module.get_parameter(names[0]).numel() for names in self._tied_parameters())
+        experts = 0
+        for row, shapes in zip(slots, self.model.experts_shapes, strict=True):
+            each = sum(math.prod(shape[1:]) for shape in shapes.values())
+            experts += each * sum(expert != EMPTY_SLOT for expert in row)
+        self._progress, self._done, self._total = progress, 0, (dense + experts) * itemsize
 
     def load_dense(self) -> None:
         """Load every parameter and buffer outside the experts, and compute the buffers no checkpoint holds."""
@@ -41,6 +64,7 @@ class Loader(ABC):
             module.get_submodule(owner)._buffers[leaf] = self._buffer(
                 name, library.dtype_of(module, name, self.model.dtype)
             )
+        self._flush()
         library.initialise_buffers(module, self.device)
 
     def load_experts(self, slots: Sequence[Sequence[int]]) -> None:
@@ -49,6 +73,7 @@ class Loader(ABC):
             for slot, expert in enumerate(row):
                 if expert != EMPTY_SLOT:
                     self.load_expert(layer, expert, slot)
+        self._finish()
 
     def load_expert(self, layer: int, expert: int, slot: int) -> None:
         """Load one expert of one MoE layer into one physical slot."""
@@ -58,8 +83,38 @@ class Loader(ABC):
         """One expert of one MoE layer, ready to be put into a slot."""
         return self.model.experts.layers[layer].make(self._expert(layer, expert))
 
+    def request_expert(self, layer: int, expert: int) -> Future[Any]:
+        """``make_expert`` in a thread beside this one; one at a time, in the order of the requests.
+
+        What a device needs for it is queued on a stream of its own, so a step that runs meanwhile does not wait.
+        """
+        if self._worker is None:
+            self._worker = ThreadPoolExecutor(1, thread_name_prefix="experts")
+
+        def make() -> Any:
+            with torch.inference_mode():
+                return self.make_expert(layer, expert)
+
+        return self._worker.submit(make)
+
     def close(self) -> None:  # noqa: B027 (not every source has files)
         """Let go of files, as far as no tensor views them. They are opened again when needed."""
+
+    def _flush(self) -> None:  # noqa: B027 (not every loader puts off)
+        """Read what has been put off."""
+
+    def _advance(self, size: int) -> None:
+        """``size`` bytes more stand in their places."""
+        self._done += size
+        now = time.monotonic()
+        if self._progress is not None and now - self._told > _TELL_S:
+            self._told = now
+            self._progress(min(self._done, self._total), self._total)
+
+    def _finish(self) -> None:
+        if self._progress is not None:
+            self._progress(self._total, self._total)
+            self._progress = None
 
     @abstractmethod
     def _parameter(self, names: Sequence[str], dtype: torch.dtype) -> torch.Tensor:

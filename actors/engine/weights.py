@@ -6,16 +6,13 @@ physical slots, and a rank reads only those it holds.
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import safe_open
 
 from actors.engine import library
+from actors.engine.checkpoint import Checkpoint
 from actors.engine.dummy import DummyLoader
 from actors.engine.library import Target
 from actors.engine.loader import Loader
@@ -23,48 +20,6 @@ from actors.engine.model import MoEModel
 
 # A smaller tensor is copied: as a view it would keep the whole of its file mapped. Bytes.
 _WORTH_MAPPING = 2**20
-
-
-class Checkpoint:
-    """The tensors of a directory with ``model.safetensors``, or shards and ``model.safetensors.index.json``.
-
-    ``bytes_read`` counts the bytes of all tensors handed out.
-    """
-
-    def __init__(self, directory: str | Path) -> None:
-        self.directory = Path(directory)
-        self.bytes_read = 0
-        self._open: dict[str, Any] = {}
-        index = self.directory / "model.safetensors.index.json"
-        if index.exists():
-            self._file_of: dict[str, str] = json.loads(index.read_text())["weight_map"]
-        elif (self.directory / "model.safetensors").exists():
-            self._file_of = dict.fromkeys(self._file("model.safetensors").keys(), "model.safetensors")
-        else:
-            raise FileNotFoundError(f"{directory} has neither model.safetensors nor model.safetensors.index.json")
-
-    def close(self) -> None:
-        """Unmap the files, as far as no tensor views them. They are opened again when needed."""
-        self._open.clear()
-
-    def keys(self) -> list[str]:
-        return list(self._file_of)
-
-    def read(self, key: str, row: int | None = None) -> torch.Tensor:
-        """A tensor, or one row of its first axis, as a view of the memory-mapped file."""
-        file = self._file(self._file_of[key])
-        tensor: torch.Tensor = file.get_tensor(key) if row is None else file.get_slice(key)[row]
-        self.bytes_read += tensor.numel() * tensor.element_size()
-        return tensor
-
-    def shape(self, key: str) -> list[int]:
-        shape: list[int] = self._file(self._file_of[key]).get_slice(key).get_shape()
-        return shape
-
-    def _file(self, name: str) -> Any:
-        if name not in self._open:
-            self._open[name] = safe_open(self.directory / name, framework="pt")
-        return self._open[name]
 
 
 class WeightLoader(Loader):
@@ -97,8 +52,7 @@ class WeightLoader(Loader):
         self.checkpoint.close()
 
     def _parameter(self, names: Sequence[str], dtype: torch.dtype) -> torch.Tensor:
-        key = next(self._dense[name] for name in names if name in self._dense)
-        return self._to_device(self.checkpoint.read(key), dtype)
+        return self._to_device(self.checkpoint.read(self._key(names)), dtype)
 
     def _buffer(self, name: str, dtype: torch.dtype) -> torch.Tensor:
         tensor = self.checkpoint.read(self._dense[name])
@@ -106,18 +60,30 @@ class WeightLoader(Loader):
 
     def _expert(self, layer: int, expert: int) -> Mapping[str, torch.Tensor]:
         weights = {}
-        for leaf, pieces in self._experts[layer].items():
-            if pieces[0][1].expert is None:
-                tensor = self.checkpoint.read(pieces[0][0], row=expert)
-            else:
-                own = {target.part: key for key, target in pieces if target.expert == expert}
-                tensor = torch.cat([self.checkpoint.read(own[part]) for part in sorted(own)])
+        for leaf, (row, keys) in self._sources(layer, expert).items():
+            tensor = torch.cat([self.checkpoint.read(key, row) for key in keys])
             weights[leaf] = self._to_device(tensor, self.model.dtype)
         return weights
 
+    def _key(self, names: Sequence[str]) -> str:
+        return next(self._dense[name] for name in names if name in self._dense)
+
+    def _sources(self, layer: int, expert: int) -> dict[str, tuple[int | None, list[str]]]:
+        """Per stacked parameter what an expert's rows are: ``row`` of a key's tensor, or the keys' tensors in order."""
+        sources: dict[str, tuple[int | None, list[str]]] = {}
+        for leaf, pieces in self._experts[layer].items():
+            if pieces[0][1].expert is None:
+                sources[leaf] = expert, [pieces[0][0]]
+            else:
+                own = {target.part: key for key, target in pieces if target.expert == expert}
+                sources[leaf] = None, [own[part] for part in sorted(own)]
+        return sources
+
     def _to_device(self, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         copy = tensor.numel() * tensor.element_size() < _WORTH_MAPPING
-        return tensor.to(device=self.device, dtype=dtype, copy=copy)
+        tensor = tensor.to(device=self.device, dtype=dtype, copy=copy)
+        self._advance(tensor.numel() * tensor.element_size())
+        return tensor
 
     def _check(self, unexpected: list[str]) -> None:
         module = self.model.module
@@ -175,6 +141,10 @@ def open_loader(model: MoEModel, device: torch.device, load_format: str = "auto"
 
     Raises ValueError on another format, and on a checkpoint that does not fit the model.
     """
+    if load_format == "auto" and device.type == "cuda":
+        from actors.engine.cuda.streaming import StreamingLoader
+
+        return StreamingLoader(model, device)
     if load_format == "auto":
         return WeightLoader(model, device)
     if load_format == "dummy":

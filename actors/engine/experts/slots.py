@@ -7,7 +7,7 @@ meta device, or become the slots.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch.nn.functional import linear
@@ -39,21 +39,43 @@ def allocate(module: torch.nn.Module, num_slots: int, dtype: torch.dtype, device
     return PanelSlots(module, num_slots) if dtype == torch.float32 else PackedSlots(module, num_slots)
 
 
+class Made(NamedTuple):
+    """An expert's rows on the device; complete once ``written`` has happened (None: already)."""
+
+    weights: Mapping[str, torch.Tensor]
+    written: torch.cuda.Event | None
+
+
 class StackedSlots:
     """The module's parameters with ``num_slots`` rows in place of one per expert. For any device."""
 
     def __init__(self, module: Any, num_slots: int, device: torch.device) -> None:
         self.module = module
+        self._cuda = device.type == "cuda"
         for leaf, parameter in list(module.named_parameters(recurse=False)):
             slots = torch.empty(num_slots, *parameter.shape[1:], dtype=parameter.dtype, device=device)
             setattr(module, leaf, torch.nn.Parameter(slots, requires_grad=False))
 
-    def make(self, weights: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
-        return weights
+    def rows(self, slot: int) -> dict[str, torch.Tensor]:
+        """Views of a slot, by parameter: writing them fills it."""
+        return {leaf: parameter[slot] for leaf, parameter in self.module.named_parameters(recurse=False)}
 
-    def put(self, slot: int, expert: Mapping[str, torch.Tensor]) -> None:
-        for leaf, tensor in expert.items():
-            self.module.get_parameter(leaf)[slot].copy_(tensor)
+    def make(self, weights: Mapping[str, torch.Tensor]) -> Made:
+        """``weights`` may still be being written by the current stream, which need not be the one ``put`` runs on."""
+        event = None
+        if self._cuda:
+            event = torch.cuda.Event()
+            event.record()
+        return Made(weights, event)
+
+    def put(self, slot: int, expert: Made) -> None:
+        if expert.written is not None:
+            torch.cuda.current_stream().wait_event(expert.written)
+        for leaf, row in self.rows(slot).items():
+            tensor = expert.weights[leaf]
+            row.copy_(tensor)
+            if expert.written is not None:
+                tensor.record_stream(torch.cuda.current_stream())  # its memory is free once this copy is done
 
     def compute(self, rows: torch.Tensor, groups: Sequence[Group]) -> torch.Tensor:
         return torch.cat([self._compute_one(rows[start:end], slot) for start, end, slot in groups])

@@ -10,8 +10,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from actors.engine.checkpoint import Checkpoint
 from actors.engine.model import MoEModel
-from actors.engine.weights import Checkpoint, WeightLoader
+from actors.engine.weights import WeightLoader
 
 CPU = torch.device("cpu")
 

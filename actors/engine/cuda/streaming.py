@@ -1,0 +1,87 @@
+"""From a checkpoint to the device without a stop: all that is wanted is queued, then streamed in by several readers.
+
+An expert's parts are written where they belong in its slot; nothing is put together on the way.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from actors.engine.checkpoint import Region
+from actors.engine.cuda.upload import Reader, Upload, upload
+from actors.engine.experts.map import EMPTY_SLOT
+from actors.engine.experts.slots import StackedSlots
+from actors.engine.model import MoEModel
+from actors.engine.weights import WeightLoader
+
+
+class StreamingLoader(WeightLoader):
+    """Loads from the model's checkpoint to a device whose expert slots are stacked.
+
+    ``make_expert`` may be called from any thread, while steps run: it reads into pinned memory and copies on a stream
+    of its own.
+    """
+
+    def __init__(self, model: MoEModel, device: torch.device) -> None:
+        super().__init__(model, device)
+        self._queue: list[Upload] = []
+        self._reader = Reader(device)
+        self._reading = threading.Lock()
+
+    def load_experts(self, slots: Sequence[Sequence[int]]) -> None:
+        for layer, row in enumerate(slots):
+            stacked = self.model.experts.layers[layer]
+            assert isinstance(stacked, StackedSlots)
+            for slot, expert in enumerate(row):
+                if expert != EMPTY_SLOT:
+                    self._queue += self._uploads(layer, expert, stacked.rows(slot))
+        self._flush()
+        self._finish()
+
+    def make_expert(self, layer: int, expert: int) -> Any:
+        with self._reading, torch.cuda.stream(self._reader.stream):
+            return super().make_expert(layer, expert)
+
+    def _parameter(self, names: Sequence[str], dtype: torch.dtype) -> torch.Tensor:
+        region = self._region(self._key(names))
+        target = torch.empty(region.shape, dtype=dtype, device=self.device)
+        self._queue.append(Upload(region, target))
+        return target
+
+    def _buffer(self, name: str, dtype: torch.dtype) -> torch.Tensor:
+        region = self._region(self._dense[name])
+        dtype = dtype if region.dtype.is_floating_point else region.dtype
+        target = torch.empty(region.shape, dtype=dtype, device=self.device)
+        self._queue.append(Upload(region, target))
+        return target
+
+    def _expert(self, layer: int, expert: int) -> Mapping[str, torch.Tensor]:
+        weights = {
+            leaf: torch.empty(shape[1:], dtype=self.model.dtype, device=self.device)
+            for leaf, shape in self.model.experts_shapes[layer].items()
+        }
+        for item in self._uploads(layer, expert, weights):
+            self._reader.upload(item)
+        return weights
+
+    def _uploads(self, layer: int, expert: int, targets: Mapping[str, torch.Tensor]) -> list[Upload]:
+        """An expert's parts, each with its share of the rows of ``targets``, which are by stacked parameter."""
+        items = []
+        for leaf, (row, keys) in self._sources(layer, expert).items():
+            for key, target in zip(keys, targets[leaf].chunk(len(keys)), strict=True):
+                items.append(Upload(self._region(key, row), target))
+        return items
+
+    def _region(self, key: str, row: int | None = None) -> Region:
+        whole = self.checkpoint.region(key)
+        region = whole if row is None else whole.row(row)
+        self.checkpoint.bytes_read += region.nbytes
+        return region
+
+    def _flush(self) -> None:
+        upload(self._queue, self.device, self._advance)
+        self._queue = []
