@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 import origin
+import shapes
 import torch
 
 from actors.engine import sampler
@@ -37,14 +38,6 @@ from actors.engine.runner import ModelRunner
 from actors.engine.scheduler import Scheduler
 from actors.wire import SamplingParams
 
-QWEN3_30B_A3B = {
-    "architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "attention_bias": False,
-    "bos_token_id": 151643, "decoder_sparse_step": 1, "eos_token_id": 151645, "head_dim": 128, "hidden_act": "silu",
-    "hidden_size": 2048, "intermediate_size": 6144, "max_position_embeddings": 40960, "mlp_only_layers": [], "moe_intermediate_size": 768,
-    "norm_topk_prob": True, "num_attention_heads": 32, "num_experts": 128, "num_experts_per_tok": 8,
-    "num_hidden_layers": 48, "num_key_value_heads": 4, "rms_norm_eps": 1e-6, "rope_theta": 1000000.0,
-    "tie_word_embeddings": False, "vocab_size": 151936, "dtype": "bfloat16",
-}  # fmt: skip
 CONTEXT = 1024
 STEPS = 24
 
@@ -61,10 +54,7 @@ def main() -> None:
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(relativeCreated)7.0f ms %(message)s")
     with tempfile.TemporaryDirectory() as made:
-        if arguments.model is None:
-            shape = QWEN3_30B_A3B | {"num_hidden_layers": arguments.layers}
-            (Path(made) / "config.json").write_text(json.dumps(shape))
-        result = measure(arguments, arguments.model or Path(made))
+        result = measure(arguments, arguments.model or shapes.write(Path(made), arguments.layers))
     if arguments.json:
         arguments.json.write_text(json.dumps(result, indent=1) + "\n")
 
