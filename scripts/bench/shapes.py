@@ -2,7 +2,7 @@
 
     python scripts/bench/shapes.py DIRECTORY [--layers N] [--tokenizer models/demo]
 
-Writes the ``config.json`` of Qwen3-30B-A3B, with fewer layers if asked; with a tokenizer's directory also its files, and
+Writes the ``config.json`` of Qwen3-30B-A3B, with fewer layers if asked; with a tokenizer's directory its files too, and
 the vocabulary becomes its own, so that the model can be served and its tokens told apart as text.
 """
 
