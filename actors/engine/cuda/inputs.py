@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from actors.engine.batch import Batch
+from actors.engine.batch import Batch, Slice
 
 
 class Chunk(NamedTuple):
@@ -30,7 +30,7 @@ class StepInputs:
     Device tensors, int32, of which the first ``rows`` or ``sequences`` count: ``ids``, ``positions``, ``targets`` (flat
     KV slot of a row, -1 where nothing is stored) are ``[max_rows]``; ``lengths`` (tokens a sequence sees, this step's
     included; 0 for padding), ``last`` (the row that samples, or any row) and ``tables [max_sequences, max_blocks]``
-    are by sequence; ``starts [max_sequences + 1]`` is each sequence's first row; ``count [1]`` the rows without padding.
+    are by sequence; ``starts [max_sequences + 1]`` is each sequence's first row; ``count [1]`` the rows that count.
     Sequences of one row come first: there are ``decodes`` of them, padding included; ``chunks`` are those that follow
     (a prompt's last token behind another chunk is a chunk of one row).
     """
@@ -56,6 +56,8 @@ class StepInputs:
         self._count, self._ids, self._positions, self._targets, self._lengths, self._last, self._starts, flat = host
         self._tables = flat.reshape(max_sequences, max_blocks)
         self._copied: torch.cuda.Event | None = torch.cuda.Event() if device.type == "cuda" else None
+        # By sequence: the list of blocks that was put into its table last, and how many of it.
+        self._known: list[tuple[list[int], int]] = [([], 0)] * max_sequences
         self.rows = self.sequences = self.decodes = 0
         self.chunks: list[Chunk] = []
 
@@ -66,26 +68,27 @@ class StepInputs:
         """
         if self._copied is not None:
             self._copied.synchronize()  # the last copy has left the pinned buffer
-        row, self.chunks = 0, []
-        size = self.block_size
-        for sequence, part in enumerate(batch.slices):
+        slices = batch.slices
+        decodes = next((i for i, part in enumerate(slices) if len(part.tokens) > 1), len(slices))
+        for sequence, part in enumerate(slices):
+            self._table(sequence, part)
+        starts = np.array([part.start for part in slices[:decodes]], dtype=np.int32)
+        self._ids[:decodes] = [part.tokens[0] for part in slices[:decodes]]
+        self._positions[:decodes] = starts
+        self._targets[:decodes] = self._slots(np.arange(decodes), starts)
+        self._lengths[:decodes] = starts + 1
+        self._last[:decodes] = self._starts[:decodes] = np.arange(decodes)
+        row, self.chunks = decodes, []
+        for sequence, part in enumerate(slices[decodes:], decodes):
             count, start = len(part.tokens), part.start
-            end, needed = start + count, -(-(start + count) // size)
-            table = self._tables[sequence]
-            table[:needed] = part.blocks[:needed]
-            self._starts[sequence], self._lengths[sequence], self._last[sequence] = row, end, row + count - 1
-            if count == 1 and not self.chunks:
-                self._ids[row], self._positions[row] = part.tokens[0], start
-                self._targets[row] = part.blocks[start // size] * size + start % size
-            else:
-                self.chunks.append(Chunk(row, count, start, sequence))
-                span = slice(row, row + count)
-                positions = np.arange(start, end, dtype=np.int32)
-                self._ids[span], self._positions[span] = part.tokens, positions
-                self._targets[span] = table[positions // size] * size + positions % size
+            span, positions = slice(row, row + count), np.arange(start, start + count, dtype=np.int32)
+            self.chunks.append(Chunk(row, count, start, sequence))
+            self._ids[span], self._positions[span] = part.tokens, positions
+            self._targets[span] = self._slots(sequence, positions)
+            self._lengths[sequence] = start + count
+            self._starts[sequence], self._last[sequence] = row, row + count - 1
             row += count
-        sequences = len(batch.slices)
-        self.rows, self.sequences = row, sequences
+        self.rows, self.sequences = row, len(slices)
         self._count[0] = row
         if padded is not None:
             if self.chunks:
@@ -100,3 +103,18 @@ class StepInputs:
         self._device.copy_(self._host, non_blocking=True)
         if self._copied is not None:
             self._copied.record()
+
+    def _table(self, sequence: int, part: Slice) -> None:
+        """Put the blocks of ``part`` into its row. A running request's list only grows, so the old ones stand there."""
+        blocks, known = self._known[sequence]
+        needed = -(-(part.start + len(part.tokens)) // self.block_size)
+        if blocks is not part.blocks:
+            known = 0
+        if known < needed:
+            self._tables[sequence, known:needed] = part.blocks[known:needed]
+            self._known[sequence] = part.blocks, needed
+
+    def _slots(self, sequence: int | np.ndarray, positions: np.ndarray) -> np.ndarray:
+        size = self.block_size
+        slots: np.ndarray = self._tables[sequence, positions // size] * size + positions % size
+        return slots
