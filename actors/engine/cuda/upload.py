@@ -41,7 +41,7 @@ class Reader:
         self.device = device
         self.stream = torch.cuda.Stream(device) if cuda else None
         self._pieces = [torch.empty(PIECE, dtype=torch.uint8, pin_memory=cuda) for _ in range(2)]
-        self._views = [memoryview(piece.numpy()) for piece in self._pieces]
+        self._views = [memoryview(piece.numpy()) for piece in self._pieces]  # type: ignore[arg-type]
         self._copied = [torch.cuda.Event() for _ in self._pieces] if cuda else None
         self._turn = 0
 
