@@ -1,0 +1,272 @@
+"""The experts of all MoE layers on a GPU: what ``experts/layer.py`` does, in four or five kernels a layer and without
+the host knowing who is routed where.
+
+Per layer: ``dispatch`` pushes rows into the peers' windows and sorts all ranks' pairs by slot, ``expand`` and
+``contract`` are the two matrix products, the latter of which writes results straight home, and ``combine`` sums them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import triton
+
+from actors.engine.cuda import gemm, route
+from actors.engine.cuda.peers import CudaPeers
+from actors.engine.cuda.window import Layout, Window
+from actors.engine.experts.exchange import Exchange, PeerLost, SoloExchange
+from actors.engine.experts.routing import Routing
+from actors.engine.experts.slots import StackedSlots
+
+# Pairs that a program of the dispatch enters at a time, and columns that one of the combination sums.
+_PAIRS = 256
+_COLUMNS = 512
+
+
+class CudaExperts:
+    """Has the interface of ``Experts``; besides, rows may be padded, and a step may be a captured graph.
+
+    ``own_rows`` (int32 ``[1]``, on the device) says how many of the rows that ``forward`` gets count; whoever fills the
+    step's inputs sets it, or puts a tensor of its own in its place before the first step. A graph of ``forward`` or
+    ``finish`` stays good whatever is adopted later and however many rows peers have; ``begin`` belongs outside it.
+
+    ``layers`` are this rank's slots by MoE layer; ``max_rows`` the most rows of one rank in one step; ``max_ranks`` the
+    size to which the group may grow. ``chosen [layers, experts]`` (int64, on the device) counts how often this rank's
+    tokens chose each expert, ``computed`` the pairs that this rank computed; reading either waits for the device.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[StackedSlots],
+        num_experts: int,
+        top_k: int,
+        hidden: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        max_rows: int,
+        max_ranks: int = 8,
+        window: Window | None = None,
+    ) -> None:
+        self.layers = list(layers)
+        self.num_experts = num_experts
+        self.top_k = top_k
+        self.hidden = hidden
+        self.dtype = dtype
+        self.device = device
+        self.max_rows = max_rows
+        self.max_ranks = max_ranks
+        count = len(self.layers)
+        self.window = window or Window.allocate(Layout(max_ranks, max_rows, top_k, hidden, dtype), device)
+        self.processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+        num_slots = len(self.layers[0].module.down_proj) if self.layers else 0
+        # A rank by itself may send all of a token's pairs to one slot (Routing.alone), a group only one of them.
+        self._capacity = max_rows * max(max_ranks, top_k)
+        self._products = [_Products(layer.module) for layer in self.layers]
+
+        def integers(*size: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
+            return torch.zeros(*size, dtype=dtype, device=device)
+
+        self.own_rows, self._turn, self._arrived = integers(1), integers(1), integers(1)
+        self._members, self._windows = integers(2), integers(max_ranks, dtype=torch.int64)
+        self._pad = integers(1, dtype=torch.int64)
+        self._local, self._table = integers(count), integers(count, max_ranks, num_experts + 1)
+        self._count, self._index = integers(num_slots), integers(num_slots, self._capacity)
+        self.chosen, self._computed = integers(count, num_experts, dtype=torch.int64), integers(1, dtype=torch.int64)
+        # On the host, so that whether a step is void is known with its end.
+        self._void = torch.zeros(1, dtype=torch.int32, pin_memory=device.type == "cuda")
+        self._nobody = torch.zeros(1, max(hidden, 1), dtype=dtype, device=device)
+        # All ranks' rows may be for experts that stand here.
+        width = max((products.activated for products in self._products if products.gate), default=0)
+        self._inner = torch.empty(max_rows * max_ranks * top_k * width, dtype=dtype, device=device)
+        self._next = count
+        self.exchange: Exchange = SoloExchange()
+
+    @property
+    def capturable(self) -> bool:
+        """Whether ``forward`` may be captured: not if a module has an activation that the kernels lack."""
+        return all(products.gate for products in self._products)
+
+    @property
+    def computed(self) -> int:
+        return int(self._computed)
+
+    @computed.setter
+    def computed(self, value: int) -> None:
+        self._computed.fill_(value)
+
+    def adopt(self, routing: Routing, exchange: Exchange) -> None:
+        """Use another map, or another epoch's exchange, from the next step on; in the stream's order, a few copies.
+
+        Raises ValueError when it is of another model, or has more ranks than there is room for, and TypeError when the
+        exchange is not one that GPUs can use.
+        """
+        expert_map = routing.map
+        if expert_map.num_layers != len(self.layers):
+            raise ValueError(f"expert map has {expert_map.num_layers} layers, the model {len(self.layers)} MoE layers")
+        if self.layers and expert_map.num_experts != self.num_experts:
+            raise ValueError(f"expert map is of {expert_map.num_experts} experts, the model has {self.num_experts}")
+        if routing.num_ranks > self.max_ranks:
+            raise ValueError(f"expert map has {routing.num_ranks} ranks; windows were made for {self.max_ranks}")
+        if not isinstance(exchange, SoloExchange | CudaPeers):
+            raise TypeError(f"experts on GPUs need peers' windows, not a {type(exchange).__name__}")
+        if isinstance(self.exchange, CudaPeers):
+            self.exchange.turn.copy_(self._turn)
+        self.routing = routing
+        self.rank_index = routing.rank_index
+        self.exchange = exchange
+        self._num_slots = routing.num_slots
+        addresses = [self.window.address] * self.max_ranks
+        if isinstance(exchange, CudaPeers):
+            addresses[: exchange.size] = exchange.addresses
+            self._turn.copy_(exchange.turn)
+            self._pad.fill_(exchange.pad)
+        self._windows.copy_(torch.tensor(addresses, dtype=torch.int64))
+        self._members.copy_(torch.tensor([routing.num_ranks, routing.rank_index], dtype=torch.int32))
+        self._local.copy_(torch.tensor(routing.local, dtype=torch.int32))
+        self._table[:, : routing.num_ranks].copy_(torch.from_numpy(routing.table))
+        self._void.zero_()
+
+    def begin(self, tokens_per_rank: Sequence[int]) -> None:
+        """Start a step in which rank index ``i`` has ``tokens_per_rank[i]`` tokens, rows of padding not counted.
+
+        Raises ValueError when list, exchange and expert map are not of one number of ranks, and for too many tokens.
+        """
+        if self.layers and not len(tokens_per_rank) == self.exchange.size == self.routing.num_ranks:
+            raise ValueError(
+                f"a step of {len(tokens_per_rank)} ranks, an exchange of {self.exchange.size}, "
+                f"an expert map of {self.routing.num_ranks}: adopt an exchange and a map of the same epoch"
+            )
+        if max(tokens_per_rank) > self.max_rows:
+            raise ValueError(
+                f"a rank has {max(tokens_per_rank)} tokens in a step; windows were made for {self.max_rows}"
+            )
+        self._tokens = list(tokens_per_rank)
+        self._next = 0
+
+    def forward(self, layer: int, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """Routed experts of ``layer``: ``hidden [T, H]``, ``ids [T, k]``, ``weights [T, k]`` to ``[T, H]``.
+
+        Does not wait for the device. Rows of padding come back as zeros. Raises ValueError (called out of turn or with
+        fewer rows than announced; the step can still be finished).
+        """
+        own = self._tokens[self.rank_index]
+        if layer != self._next or not own <= len(hidden) <= self.max_rows:
+            raise ValueError(
+                f"MoE layer {layer} ran with {len(hidden)} rows; layer {self._next} with {own} was announced"
+            )
+        output = self._run(layer, hidden.contiguous(), ids.contiguous(), weights.contiguous())
+        self._next = layer + 1
+        return output
+
+    def finish(self) -> None:
+        """Run the layers of this step that have not run, contributing no rows."""
+        self.own_rows.zero_()
+        ids = self._nobody.new_full((1, self.top_k), -1, dtype=torch.int32)
+        for layer in range(self._next, len(self.layers)):
+            self._run(layer, self._nobody[:0], ids, self._nobody)
+        self._next = len(self.layers)
+
+    def check(self) -> None:
+        """To be called at the end of a step, when the device has completed it: raises PeerLost if it is void."""
+        if int(self._void[0]):
+            raise PeerLost("the host broke off while the experts waited for a peer's rows: the step is void")
+
+    def _run(self, layer: int, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        layout, rows = self.window.layout, len(hidden)
+        most = rows if self.routing.local[layer] else max(rows, *self._tokens)
+        group = self._members, self._windows, self._pad, self._turn
+        sizes = {"TOP_K": self.top_k, "HIDDEN": self.hidden, "EXPERTS": self.num_experts, "MAX_RANKS": self.max_ranks}
+        route.dispatch[(min(self.processors, max(1, most)),)](
+            hidden, ids, self.window.received, self.own_rows, self.chosen, self._table, self._local, *group, self._arrived, self._count,
+            self._index, self._void, layer, self._num_slots, self._capacity, self.max_rows,
+            layout.ids, layout.counts,
+            **sizes, BLOCK=_PAIRS, WIDTH=triton.next_power_of_2(self.hidden),
+        )  # fmt: skip
+        self._multiply(layer, hidden)
+        output = torch.empty_like(hidden)
+        width = min(_COLUMNS, triton.next_power_of_2(self.hidden))
+        items = rows * triton.cdiv(self.hidden, width)
+        route.combine[(min(4 * self.processors, max(1, items)),)](
+            ids, weights, self.window.results, output, self.own_rows, self._table, self._local, *group,
+            self._arrived, self._count, self._void, layer, rows, self._num_slots,
+            **sizes, SLOTS=triton.next_power_of_2(max(1, self._num_slots)), WIDTH=width,
+        )  # fmt: skip
+        return output
+
+    def _multiply(self, layer: int, hidden: torch.Tensor) -> None:
+        """Both products, for all pairs that stand here."""
+        products, slots = self._products[layer], max(1, self._num_slots)
+        # Tiles and programs suit the rows that this step has here when they are spread evenly; any others work too.
+        pairs = max(len(hidden), sum(self._tokens) // len(self._tokens)) * self.top_k
+        up, down = (gemm.shape(self.dtype, pairs / slots, product) for product in ("expand", "contract"))
+        common = {
+            "TOP_K": self.top_k, "SLOTS": triton.next_power_of_2(slots), "TRANSPOSED": products.transposed,
+            "BIASED": products.biased, "PRECISION": "ieee" if self.dtype == torch.float32 else "tf32",
+        }  # fmt: skip
+        inner = self._inner
+        if not products.gate:
+            if hidden.is_cuda and torch.cuda.is_current_stream_capturing():
+                raise RuntimeError("these experts' activation can't be captured: run without CUDA graphs")
+            rows = max(1, sum(self._tokens) * self.top_k)
+            inner = torch.empty(rows, products.up_columns, dtype=self.dtype, device=self.device)
+        gemm.expand[(self._programs(up, pairs, products.activated),)](
+            hidden, self.window.received, products.up, products.up_bias, inner, self._count, self._index,
+            self._members, self._local, self._turn, self._computed,
+            layer, self._num_slots, self._capacity, self.max_rows, products.limit, products.alpha,
+            N=products.up_columns, K=self.hidden, GATE=products.gate, **common,
+            BM=up.rows, BN=up.columns, BK=up.depth, num_warps=up.warps, num_stages=up.stages,
+        )  # fmt: skip
+        if not products.gate:
+            inner = products.activate(inner)
+        gemm.contract[(self._programs(down, pairs, self.hidden),)](
+            inner, products.down, products.down_bias, self.window.results, self._count, self._index, self._members,
+            self._windows, self._num_slots, self._capacity, self.max_rows,
+            N=self.hidden, K=products.activated, **common,
+            BM=down.rows, BN=down.columns, BK=down.depth, num_warps=down.warps, num_stages=down.stages,
+        )  # fmt: skip
+
+    def _programs(self, shape: gemm.Shape, pairs: int, columns: int) -> int:
+        return min(self.processors * shape.per_processor, max(1, pairs) * triton.cdiv(columns, shape.columns))
+
+
+class _Products:
+    """One layer's weights, and what its module does between the products.
+
+    ``up_columns`` are those of the first product, ``activated`` those of the second one's input. ``gate`` is the kind
+    that ``gemm.expand`` applies, with ``limit`` and ``alpha``; 0: the module does it, in ``activate``.
+    """
+
+    def __init__(self, module: Any) -> None:
+        if getattr(module, "has_post_expert_norm", False):
+            raise ValueError(f"{type(module).__name__} has a norm behind its experts, which ours lack")
+        self.module = module
+        self.transposed, self.biased = bool(module.is_transposed), bool(module.has_bias)
+        name = "gate_up_proj" if module.has_gate else "up_proj"
+        self.up, self.down = getattr(module, name), module.down_proj
+        self.up_bias = getattr(module, f"{name}_bias") if self.biased else self.up
+        self.down_bias = module.down_proj_bias if self.biased else self.down
+        self.up_columns = self.up.shape[2 if self.transposed else 1]
+        self.activated = self.down.shape[1 if self.transposed else 2]
+        self.limit, self.alpha = float(getattr(module, "limit", 0.0)), float(getattr(module, "alpha", 0.0))
+        self.gate = self._recognise()
+
+    def activate(self, inner: torch.Tensor) -> torch.Tensor:
+        output: torch.Tensor = self.module._apply_gate(inner) if self.module.has_gate else self.module.act_fn(inner)
+        return output.contiguous()
+
+    def _recognise(self) -> int:
+        """The kind of gate that gives what the module's own gives, on random input; 0 if none does."""
+        if not self.module.has_gate:
+            return 0
+        sample = 10 * torch.randn(16, 64, generator=torch.Generator().manual_seed(0)).to(self.up.device)
+        own = self.module._apply_gate(sample)
+        first, second = sample.chunk(2, dim=-1)
+        silu = torch.nn.functional.silu(first) * second
+        gate, other = sample[:, ::2].clamp(max=self.limit), sample[:, 1::2].clamp(-self.limit, self.limit)
+        clamped = gate * torch.sigmoid(self.alpha * gate) * (other + 1)
+        for kind, result in ((gemm.SILU, silu), (gemm.CLAMPED, clamped)):
+            if own.shape == result.shape and bool((own - result).abs().max() <= 1e-5 * own.abs().max()):
+                return kind
+        return 0
