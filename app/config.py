@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from transformers import AutoConfig
 
 from actors.engine.config import EngineConfig
+from actors.engine.quantization import blocks_of
 from actors.settings import GroupSettings
 from app.limits import Limits
 from placement.request import Request
@@ -195,6 +196,7 @@ class AppConfig(BaseModel):
                 f"model={self.model!r}: {directory} has no config.json; name the directory of a checkpoint in Hugging "
                 "Face format that stands at the same path on every node"
             )
+        blocks_of(directory)  # refuses what no rank could load
         own = self._positions()
         if self.max_model_len is not None and self.max_model_len > own:
             raise ValueError(

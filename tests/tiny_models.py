@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import re
 import shutil
 import sys
 import tempfile
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 VOCAB = 512
@@ -288,6 +290,39 @@ def build(name: str, directory: str | Path, *, tokenizer: bool = False, seed: in
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     return path
+
+
+def quantized(source: Path, directory: Path, block: int = 32) -> tuple[Path, Path]:
+    """The checkpoint ``source`` in FP8 with a scale per ``block`` x ``block``, and one of the same numbers in float32.
+
+    Both stand under ``directory``, in one file each. Embeddings, output head and router stay as they are, as in
+    published checkpoints.
+    """
+    config = json.loads((source / "config.json").read_text())
+    plain = {key: tensor for file in source.glob("*.safetensors") for key, tensor in load_file(file).items()}
+    stored, same = dict(plain), dict(plain)
+    for key, tensor in plain.items():
+        if tensor.dim() < 2 or not re.search(r"_proj|experts", key) or "bias" in key:
+            continue
+        rows, columns = tensor.shape[-2:]
+        scale = torch.empty(*tensor.shape[:-2], -(-rows // block), -(-columns // block))
+        stored[key], same[key] = torch.empty_like(tensor, dtype=torch.float8_e4m3fn), torch.empty_like(tensor)
+        for i, j in itertools.product(range(scale.shape[-2]), range(scale.shape[-1])):
+            place = (..., slice(i * block, (i + 1) * block), slice(j * block, (j + 1) * block))
+            scale[..., i, j] = tensor[place].abs().amax((-2, -1)) / 448
+            rounded = (tensor[place] / scale[..., i, j, None, None]).to(torch.float8_e4m3fn)
+            stored[key][place] = rounded
+            same[key][place] = rounded.float() * scale[..., i, j, None, None]
+        stored[f"{key}_scale_inv"] = scale
+    scheme = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [block] * 2}
+    for path, tensors, extra in (
+        (directory / f"{source.name}-fp8", stored, {"quantization_config": scheme}),
+        (directory / f"{source.name}-dequantized", same, {}),
+    ):
+        path.mkdir(parents=True)
+        save_file(tensors, path / "model.safetensors")
+        (path / "config.json").write_text(json.dumps(config | extra))
+    return directory / f"{source.name}-fp8", directory / f"{source.name}-dequantized"
 
 
 if __name__ == "__main__":

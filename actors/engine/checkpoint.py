@@ -18,6 +18,7 @@ _DTYPES = {
     "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
     "I64": torch.int64,
     "I32": torch.int32,
     "I16": torch.int16,
@@ -74,12 +75,17 @@ class Checkpoint:
 
     def read(self, key: str, row: int | None = None) -> torch.Tensor:
         """A tensor, or one row of its first axis, as a view of the memory-mapped file."""
+        tensor = self.view(key, row)
+        self.bytes_read += tensor.numel() * tensor.element_size()
+        return tensor
+
+    def view(self, key: str, row: int | None = None) -> torch.Tensor:
+        """The same without counting; from any thread."""
         name = self._file_of[key]
         if name not in self._open:
             self._open[name] = safe_open(self.directory / name, framework="pt")
         file = self._open[name]
         tensor: torch.Tensor = file.get_tensor(key) if row is None else file.get_slice(key)[row]
-        self.bytes_read += tensor.numel() * tensor.element_size()
         return tensor
 
     def region(self, key: str) -> Region:

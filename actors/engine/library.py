@@ -49,11 +49,12 @@ def register(attention: Callable[..., Any], experts: Callable[..., Any]) -> None
 def construct(directory: str | Path, dtype: torch.dtype) -> PreTrainedModel:
     """The model of a checkpoint directory, on the meta device, in eval mode, calling our functions.
 
-    Raises ValueError for a quantized checkpoint.
+    Of a quantized checkpoint it is the model in ``dtype`` that it was made from.
     """
     config = AutoConfig.from_pretrained(directory)
-    if getattr(config, "quantization_config", None) is not None:
-        raise ValueError(f"{directory} is a quantized checkpoint; serve one in bfloat16, float16 or float32")
+    for part in {id(part): part for part in (config, config.get_text_config())}.values():
+        if hasattr(part, "quantization_config"):
+            del part.quantization_config
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(
             config, dtype=dtype, attn_implementation=ATTENTION, experts_implementation=EXPERTS

@@ -1,7 +1,7 @@
 """From safetensors into a model built on the meta device: dense weights shared, experts only where they stand.
 
 A large dense tensor whose device and dtype match stays a view of the memory-mapped file. Experts are copied into
-physical slots, and a rank reads only those it holds.
+physical slots, and a rank reads only those it holds. Quantised weights become numbers of the model's dtype.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from actors.engine.dummy import DummyLoader
 from actors.engine.library import Target
 from actors.engine.loader import Loader
 from actors.engine.model import MoEModel
+from actors.engine.quantization import SCALE, blocks_of, dequantize
 
 # A smaller tensor is copied: as a view it would keep the whole of its file mapped. Bytes.
 _WORTH_MAPPING = 2**20
@@ -31,7 +32,12 @@ class WeightLoader(Loader):
     def __init__(self, model: MoEModel, device: torch.device) -> None:
         super().__init__(model, device)
         self.checkpoint = Checkpoint(model.directory)
-        targets, unexpected = library.targets(model.module, self.checkpoint.keys())
+        self._blocks = blocks_of(model.directory)
+        keys = set(self.checkpoint.keys())
+        scales = {key for key in keys if self._blocks and key.endswith(SCALE) and key.removesuffix(SCALE) in keys}
+        targets, unexpected = library.targets(model.module, sorted(keys - scales))
+        # By key of a quantised weight, that of its scales.
+        self._scales = {key: key + SCALE for key in targets if key + SCALE in scales}
         layer_of = {name: layer for layer, name in enumerate(model.experts_names)}
         self._dense: dict[str, str] = {}
         # Per layer: parameter name within the experts module, and its pieces as (key, target).
@@ -52,18 +58,26 @@ class WeightLoader(Loader):
         self.checkpoint.close()
 
     def _parameter(self, names: Sequence[str], dtype: torch.dtype) -> torch.Tensor:
-        return self._to_device(self.checkpoint.read(self._key(names)), dtype)
+        return self._to_device(self._read(self._key(names), dtype), dtype)
 
     def _buffer(self, name: str, dtype: torch.dtype) -> torch.Tensor:
-        tensor = self.checkpoint.read(self._dense[name])
+        tensor = self._read(self._dense[name], dtype)
         return self._to_device(tensor, dtype if tensor.is_floating_point() else tensor.dtype)
 
     def _expert(self, layer: int, expert: int) -> Mapping[str, torch.Tensor]:
         weights = {}
         for leaf, (row, keys) in self._sources(layer, expert).items():
-            tensor = torch.cat([self.checkpoint.read(key, row) for key in keys])
+            tensor = torch.cat([self._read(key, self.model.dtype, row) for key in keys])
             weights[leaf] = self._to_device(tensor, self.model.dtype)
         return weights
+
+    def _read(self, key: str, dtype: torch.dtype, row: int | None = None) -> torch.Tensor:
+        """A tensor, or a row of it, as it is; of a quantised one the numbers, in ``dtype``."""
+        tensor = self.checkpoint.read(key, row)
+        if key not in self._scales:
+            return tensor
+        assert self._blocks is not None
+        return dequantize(tensor, self.checkpoint.read(self._scales[key], row), self._blocks, dtype)
 
     def _key(self, names: Sequence[str]) -> str:
         return next(self._dense[name] for name in names if name in self._dense)
@@ -101,6 +115,9 @@ class WeightLoader(Loader):
                 absent, wrong = self._check_stacked(f"{owner}.{leaf}", shape, leaves[leaf])
                 missing += absent
                 mismatched += wrong
+        stacked_keys = (key for leaves in self._experts for pieces in leaves.values() for key, _ in pieces)
+        for key in (*self._dense.values(), *stacked_keys):
+            mismatched += self._check_scale(key)
         problems = [
             f"{len(keys)} {what}: {', '.join(sorted(keys)[:8])}{' ...' if len(keys) > 8 else ''}"
             for what, keys in (("missing", missing), ("unexpected", unexpected), ("mismatched", mismatched))
@@ -111,6 +128,15 @@ class WeightLoader(Loader):
                 f"the checkpoint in {self.checkpoint.directory} does not fit {type(module).__name__}: "
                 + "; ".join(problems)
             )
+
+    def _check_scale(self, key: str) -> list[str]:
+        region, scale = self.checkpoint.region(key), self._scales.get(key)
+        if (scale is not None) != (region.dtype == torch.float8_e4m3fn):
+            return [f"{key} is {region.dtype} {'without' if scale is None else 'but with'} scales"]
+        if scale is None or self._blocks is None:
+            return []
+        shape, grid = self.checkpoint.shape(scale), self._blocks.grid(region.shape)
+        return [] if shape == grid else [f"{scale} is {shape}, blocks of {list(self._blocks)} need {grid}"]
 
     def _check_stacked(
         self, name: str, stacked: list[int], pieces: list[tuple[str, Target]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,13 @@ def test_a_refusal_names_field_value_and_fix(checkpoint: str, wrong: dict[str, A
         validated({"model": checkpoint} | wrong)
     for words in named:
         assert words in str(refused.value)
+
+
+def test_a_checkpoint_quantized_in_a_way_that_no_rank_can_load_is_refused(checkpoint: str, tmp_path: Path) -> None:
+    config = json.loads(Path(checkpoint, "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "awq"}}))
+    with pytest.raises(ValueError, match=r"quant_method='awq'.*can be served"):
+        validated({"model": str(tmp_path)})
 
 
 def test_all_complaints_come_at_once(checkpoint: str) -> None:

@@ -16,6 +16,7 @@ from actors.engine.cuda.upload import Reader, Upload, upload
 from actors.engine.experts.map import EMPTY_SLOT
 from actors.engine.experts.slots import StackedSlots
 from actors.engine.model import MoEModel
+from actors.engine.quantization import dequantize
 from actors.engine.weights import WeightLoader
 
 
@@ -47,17 +48,12 @@ class StreamingLoader(WeightLoader):
             return super().make_expert(layer, expert)
 
     def _parameter(self, names: Sequence[str], dtype: torch.dtype) -> torch.Tensor:
-        region = self._region(self._key(names))
-        target = torch.empty(region.shape, dtype=dtype, device=self.device)
-        self._queue.append(Upload(region, target))
-        return target
+        return self._put_off(self._key(names), dtype)
 
     def _buffer(self, name: str, dtype: torch.dtype) -> torch.Tensor:
-        region = self._region(self._dense[name])
-        dtype = dtype if region.dtype.is_floating_point else region.dtype
-        target = torch.empty(region.shape, dtype=dtype, device=self.device)
-        self._queue.append(Upload(region, target))
-        return target
+        key = self._dense[name]
+        own = self.checkpoint.region(key).dtype
+        return self._put_off(key, dtype if own.is_floating_point else own)
 
     def _expert(self, layer: int, expert: int) -> Mapping[str, torch.Tensor]:
         weights = {
@@ -73,10 +69,30 @@ class StreamingLoader(WeightLoader):
         items = []
         for leaf, (row, keys) in self._sources(layer, expert).items():
             for key, target in zip(keys, targets[leaf].chunk(len(keys)), strict=True):
-                items.append(Upload(self._region(key, row), target))
+                items.append(self._upload(key, row, target))
         return items
 
-    def _region(self, key: str, row: int | None = None) -> Region:
+    def _put_off(self, key: str, dtype: torch.dtype) -> torch.Tensor:
+        target = torch.empty(self.checkpoint.shape(key), dtype=dtype, device=self.device)
+        self._queue.append(self._upload(key, None, target))
+        return target
+
+    def _upload(self, key: str, row: int | None, target: torch.Tensor) -> Upload:
+        region = self._region(key, row)
+        scales = self._scales.get(key)
+        if scales is None:
+            return Upload(region, target)
+        self._region(scales, row)
+
+        def finish(raw: torch.Tensor) -> None:
+            assert self._blocks is not None
+            scale = self.checkpoint.view(scales, row).to(self.device)
+            target.copy_(dequantize(raw, scale, self._blocks, target.dtype))
+
+        return Upload(region, target, finish)
+
+    def _region(self, key: str, row: int | None) -> Region:
+        """Where a tensor or a row of it lies; counted as read."""
         whole = self.checkpoint.region(key)
         region = whole if row is None else whole.row(row)
         self.checkpoint.bytes_read += region.nbytes

@@ -131,12 +131,37 @@ def test_unexpected_and_mismatched_keys_are_named(directory: Path, tmp_path: Pat
     assert "model.layers.1.mlp.experts.4.up_proj.weight is [2, 64], the model has [48, 64]" in str(caught.value)
 
 
-def test_a_quantized_checkpoint_is_refused(directory: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "scheme",
+    [
+        {"quant_method": "gptq", "bits": 4},
+        {"quant_method": "fp8"},
+        {"quant_method": "fp8", "weight_block_size": [128, 128], "activation_scheme": "static"},
+    ],
+)
+def test_a_checkpoint_quantized_in_another_way_is_refused(scheme, directory: Path, tmp_path: Path) -> None:
     path = edited(tiny_models.build("llama", directory), tmp_path / "bad", lambda tensors: None)
     config = json.loads((path / "config.json").read_text())
-    (path / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "fp8"}}))
-    with pytest.raises(ValueError, match="quantized"):
-        MoEModel(path, "float32")
+    (path / "config.json").write_text(json.dumps(config | {"quantization_config": scheme}))
+    with pytest.raises(
+        ValueError, match=rf"quantized by quant_method='{scheme['quant_method']}'.*fp8 with block scales"
+    ):
+        WeightLoader(MoEModel(path, "float32"), CPU)
+
+
+def test_scales_that_do_not_fit_are_named(directory: Path, tmp_path: Path) -> None:
+    path = tiny_models.quantized(tiny_models.build("qwen2_moe", directory), tmp_path)[0]
+    scale, alone = "model.layers.1.mlp.experts.2.up_proj.weight_scale_inv", "model.layers.0.self_attn.q_proj.weight"
+
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[scale] = tensors[scale][:1]
+        del tensors[f"{alone}_scale_inv"]
+        tensors["model.layers.1.nonsense_scale_inv"] = torch.ones(1)
+
+    with pytest.raises(ValueError, match=r"1 unexpected: model\.layers\.1\.nonsense_scale_inv") as caught:
+        WeightLoader(MoEModel(edited(path, tmp_path / "bad", change), "float32"), CPU)
+    assert f"{scale} is [1, 2], blocks of [32, 32] need [2, 2]" in str(caught.value)
+    assert f"{alone} is torch.float8_e4m3fn without scales" in str(caught.value)
 
 
 def test_a_directory_without_weights_is_refused(tmp_path: Path) -> None:
