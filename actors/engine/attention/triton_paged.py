@@ -1,0 +1,149 @@
+"""Paged attention on GPUs: Triton kernels over KV pools, and torch's own attention for long prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import groupby
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
+
+from actors.engine.attention.base import KVShape
+from actors.engine.cuda.attend_decode import MAX_SPLITS, decode
+from actors.engine.cuda.attend_prefill import prefill
+from actors.engine.cuda.inputs import Chunk, StepInputs
+from actors.engine.cuda.paged import store
+
+# Programs of a decode kernel that keep a GPU busy: two per multiprocessor of an H100.
+PROGRAMS = 264
+# A whole prompt of this many rows or more goes to torch's attention, padded to a multiple of DENSE_STEP because cuDNN
+# makes a plan for every shape it meets.
+DENSE_ROWS, DENSE_STEP = 2048, 256
+DENSE_BACKENDS = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION]
+
+
+class TritonPagedAttention:
+    """See ``PagedAttention``, except that ``begin`` takes ``StepInputs``. float32, bfloat16 or float16.
+
+    ``keys[layer]`` and ``values[layer]`` are pools ``[num_blocks, kv_heads, block_size, width]``: slot ``s`` of
+    ``targets`` stands at ``[s // block_size, :, s % block_size]``. A kernel that writes there itself (rows with target
+    -1: nowhere) needs only ``attend`` afterwards. All but ``begin`` may be captured when the step has decodes only.
+    """
+
+    targets: torch.Tensor
+
+    def __init__(
+        self, shapes: Sequence[KVShape], num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self.num_blocks = num_blocks
+        self.block_size = block_size
+        self.dtype = dtype
+        self.device = device
+
+        def pool(heads: int, width: int) -> torch.Tensor:
+            return torch.zeros(num_blocks, heads, block_size, width, dtype=dtype, device=device)
+
+        self.keys = [pool(shape.heads, shape.key_width) for shape in shapes]
+        self.values = [pool(shape.heads, shape.value_width) for shape in shapes]
+        # Never made anew: captured graphs point at it. Only launches of fewer sequences times heads split any.
+        self._arrivals = torch.zeros(PROGRAMS, dtype=torch.int32, device=device)
+
+    def begin(self, inputs: StepInputs) -> None:
+        """Attend as ``inputs`` says from now on; read again at each call, so a graph may be replayed after a refill."""
+        self._inputs = inputs
+        self.targets = inputs.targets
+
+    def forward(
+        self,
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        scaling: float,
+        window: int | None,
+        sinks: torch.Tensor | None,
+    ) -> torch.Tensor:
+        query, key, value = (part[0].transpose(0, 1) for part in (query, key, value))
+        return self.store_and_attend(layer, query, key, value, scaling, window, sinks)[None]
+
+    def store_and_attend(
+        self,
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        scaling: float,
+        window: int | None,
+        sinks: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """``forward`` with ``[T, heads, width]`` tensors, of any strides, and ``[T, heads, value_width]`` as result."""
+        store(key, value, self.targets, self.keys[layer], self.values[layer])
+        return self.attend(layer, query, scaling, window, sinks)
+
+    def attend(
+        self, layer: int, query: torch.Tensor, scaling: float, window: int | None, sinks: torch.Tensor | None
+    ) -> torch.Tensor:
+        """``query [T, heads, key_width]`` to ``[T, heads, value_width]``; this step's keys and values are stored."""
+        inputs, keys, values = self._inputs, self.keys[layer], self.values[layer]
+        decodes, chunks = inputs.decodes, inputs.chunks
+        out = query.new_empty(len(query), query.shape[1], values.shape[3])
+        if decodes:
+            decode(
+                query[:decodes], keys, values, inputs.tables, inputs.lengths, out, scaling, window, sinks,
+                self._splits(decodes, keys.shape[1]), self._arrivals,
+            )  # fmt: skip
+        plain = window is None and sinks is None and self._plain(keys.shape[3], values.shape[3])
+        for dense, run in groupby(chunks, lambda chunk: plain and chunk.start == 0 and chunk.count >= DENSE_ROWS):
+            members = list(run)
+            if dense:
+                for chunk in members:
+                    span = slice(chunk.first, chunk.first + chunk.count)
+                    out[span] = self._dense(chunk, query[span], keys, values, scaling)
+            else:
+                sequences = range(members[0].sequence, members[-1].sequence + 1)
+                rows = sum(chunk.count for chunk in members)
+                prefill(
+                    query, keys, values, inputs.tables, inputs.starts, inputs.lengths, sequences, rows, out,
+                    scaling, window, sinks,
+                )  # fmt: skip
+        return out
+
+    def _splits(self, sequences: int, kv_heads: int) -> int:
+        """Programs per sequence and KV head, from what a captured graph has fixed.
+
+        One in float32, so that a result does not depend on how many others there are.
+        """
+        if self.dtype == torch.float32:
+            return 1
+        return max(1, min(MAX_SPLITS, PROGRAMS // (sequences * kv_heads)))
+
+    def _plain(self, key_width: int, value_width: int) -> bool:
+        """Whether torch has a fast attention for these: cuDNN's or FlashAttention's."""
+        fits = key_width == value_width and key_width % 8 == 0 and key_width <= 256
+        return fits and self.dtype != torch.float32 and self.device.type == "cuda"
+
+    def _dense(
+        self, chunk: Chunk, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scaling: float
+    ) -> torch.Tensor:
+        """A whole prompt, ``query [count, heads, width]``, to the same shape."""
+        count, heads, _ = query.shape
+        padded = -(-count // DENSE_STEP) * DENSE_STEP
+        blocks = self._inputs.tables[chunk.sequence, : -(-count // self.block_size)]
+
+        def whole(pool: torch.Tensor) -> torch.Tensor:
+            seen = pool.transpose(0, 1).index_select(1, blocks).flatten(1, 2)
+            if padded == seen.shape[1] == count:
+                return seen[None]
+            room = seen.new_zeros(1, seen.shape[0], padded, seen.shape[2])
+            room[0, :, :count] = seen[:, :count]
+            return room
+
+        if padded != count:
+            query = torch.cat([query, query.new_zeros(padded - count, *query.shape[1:])])
+        with sdpa_kernel(DENSE_BACKENDS, set_priority=True):
+            result = scaled_dot_product_attention(
+                query.transpose(0, 1)[None], whole(keys), whole(values),
+                is_causal=True, scale=scaling, enable_gqa=heads > keys.shape[1],
+            )  # fmt: skip
+        return result[0].transpose(0, 1)[:count]

@@ -1,0 +1,38 @@
+"""Triton kernels run in its interpreter where there is no GPU; it must know before anything imports Triton.
+
+Two corrections of the interpreter of Triton 3.6: it takes ``int()`` of scalars kept as arrays of one element, which
+numpy 2.4 refuses, and it multiplies matrices of bfloat16 by their bits.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import numpy as np
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    _patch = interpreter._patch_lang_tensor
+    _dot = interpreter.InterpreterBuilder.create_dot
+
+    def _patch_with_index(tensor: Any, scope: Any) -> None:
+        _patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    def _float32(handle: Any) -> Any:
+        if handle.dtype.scalar != tl.bfloat16:
+            return handle
+        data = interpreter._convert_float(handle.data, tl.bfloat16, tl.float32, None).view(np.float32)
+        return interpreter.TensorHandle(data, tl.float32)
+
+    def _dot_of_values(self: Any, a: Any, b: Any, *rest: Any) -> Any:
+        return _dot(self, _float32(a), _float32(b), *rest)
+
+    interpreter._patch_lang_tensor = _patch_with_index
+    interpreter.InterpreterBuilder.create_dot = _dot_of_values
