@@ -21,6 +21,9 @@ from actors.settings import GroupSettings
 from app.limits import Limits
 from placement.request import Request
 
+# GPUs of one machine that reach each other's memory.
+MAX_PEERS = 8
+
 Positive = Annotated[int, Field(ge=1)]
 Seconds = Annotated[float, Field(gt=0)]
 
@@ -96,11 +99,16 @@ class AppConfig(BaseModel):
         None,
         gt=0,
         le=1,
-        description="Share of the memory free after loading that the KV cache takes (0.9 on cuda, 0.2 on cpu).",
+        description="The KV cache's share of the memory that weights, and on cuda the largest step, leave free; unset: "
+        "0.9 on cuda, 0.2 on cpu.",
     )
     max_model_len: Positive | None = Field(None, description="Longest sequence in tokens; unset: the model's own.")
-    max_num_seqs: Positive = Field(64, description="Most sequences in one step of a rank.")
-    max_num_batched_tokens: Positive = Field(512, description="Token budget of one step of a rank.")
+    max_num_seqs: Positive | None = Field(
+        None, description="Most sequences in one step of a rank; unset: 64 on cpu, 256 on cuda."
+    )
+    max_num_batched_tokens: Positive | None = Field(
+        None, description="Token budget of one step of a rank; unset: 512 on cpu, 8192 on cuda."
+    )
     max_queue: Positive = Field(1024, description="Requests a rank lets wait; more get 429.")
     cuda_graphs: tuple[Positive, ...] | None = Field(
         None,
@@ -158,10 +166,10 @@ class AppConfig(BaseModel):
                 f"kv_blocks={self.kv_blocks} and memory_fraction={self.memory_fraction} both size the KV cache: "
                 "keep one"
             )
-        if self.max_num_batched_tokens < self.max_num_seqs:
+        if self.step_tokens < self.step_seqs:
             raise ValueError(
-                f"max_num_batched_tokens={self.max_num_batched_tokens} can't hold one token of each of "
-                f"max_num_seqs={self.max_num_seqs}: raise the first or lower the second"
+                f"max_num_batched_tokens={self.step_tokens} can't hold one token of each of "
+                f"max_num_seqs={self.step_seqs}: raise the first or lower the second"
             )
         if self.kv_blocks is not None and self.max_model_len is not None:
             room = self.kv_blocks * self.block_size
@@ -180,9 +188,9 @@ class AppConfig(BaseModel):
         if self.cuda_graphs is not None:
             if self.device != "cuda":
                 raise ValueError(f"cuda_graphs={list(self.cuda_graphs)} is for device=cuda only: leave it out on cpu")
-            if self.cuda_graphs and max(self.cuda_graphs) > self.max_num_seqs:
+            if self.cuda_graphs and max(self.cuda_graphs) > self.step_seqs:
                 raise ValueError(
-                    f"cuda_graphs={list(self.cuda_graphs)} has a size above max_num_seqs={self.max_num_seqs}, which no "
+                    f"cuda_graphs={list(self.cuda_graphs)} has a size above max_num_seqs={self.step_seqs}, which no "
                     "step can have: drop it or raise max_num_seqs"
                 )
         self.placement_request()  # refuses what no placement can satisfy
@@ -215,6 +223,16 @@ class AppConfig(BaseModel):
         return self.max_model_len or self._positions()
 
     @property
+    def step_seqs(self) -> int:
+        """Most sequences in one step of a rank."""
+        return self.max_num_seqs or (256 if self.device == "cuda" else 64)
+
+    @property
+    def step_tokens(self) -> int:
+        """Most tokens in one step of a rank."""
+        return self.max_num_batched_tokens or (8192 if self.device == "cuda" else 512)
+
+    @property
     def model_name(self) -> str:
         return self.served_model_name or Path(self.model).resolve().name
 
@@ -228,8 +246,8 @@ class AppConfig(BaseModel):
             kv_blocks=self.kv_blocks,
             memory_fraction=fraction,
             max_model_len=self.context_length,
-            max_num_seqs=self.max_num_seqs,
-            max_num_batched_tokens=self.max_num_batched_tokens,
+            max_num_seqs=self.step_seqs,
+            max_num_batched_tokens=self.step_tokens,
             max_queue=self.max_queue,
             expert_slots=self.expert_slots,
             min_data_parallel_size=self.min_data_parallel_size,
@@ -239,6 +257,7 @@ class AppConfig(BaseModel):
             load_format=self.load_format,
             seed=self.seed,
             cuda_graphs=self.cuda_graphs,
+            max_ranks=min(self.max_data_parallel_size or MAX_PEERS, MAX_PEERS),
         )
 
     def placement_request(self, size: int | None = None) -> Request:

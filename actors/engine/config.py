@@ -10,12 +10,13 @@ class EngineConfig(msgspec.Struct, frozen=True):
 
     ``model`` is a directory with a Hugging Face checkpoint; ``dtype`` one of ``float32``, ``bfloat16``, ``float16``;
     ``device`` ``cpu`` or ``cuda``. ``kv_blocks`` blocks of ``block_size`` tokens form the KV cache; when None, they are
-    what ``memory_fraction`` of the device's free memory holds after the weights. ``max_model_len`` bounds prompt
-    and completion together. ``max_num_batched_tokens`` bounds the tokens of one step, ``max_num_seqs`` its sequences,
+    what ``memory_fraction`` of the memory holds that the weights, and on cuda the largest step, leave free.
+    ``max_model_len`` bounds prompt and completion together. ``max_num_batched_tokens`` bounds the tokens of one step,
+    ``max_num_seqs`` its sequences,
     ``max_queue`` the requests waiting (more are refused as ``overloaded``). ``expert_slots`` is the number of physical
     slots per MoE layer, by default what a group of ``min_data_parallel_size`` ranks needs. ``threads`` are torch's
     intra-op threads. ``load_format`` is ``auto``, the checkpoint, or ``dummy``, random weights by ``seed``.
-    ``cuda_graphs`` are the padded numbers of sequences for which a step is captured (None: a ladder up to
+    On cuda, up to ``max_ranks`` ranks of one machine exchange rows through each other's memory. ``cuda_graphs`` are the padded numbers of sequences for which a step is captured (None: a ladder up to
     ``max_num_seqs``, empty: none). Timeouts are in seconds.
     """
 
@@ -37,3 +38,4 @@ class EngineConfig(msgspec.Struct, frozen=True):
     load_format: str = "auto"
     seed: int = 0
     cuda_graphs: tuple[int, ...] | None = None
+    max_ranks: int = 8

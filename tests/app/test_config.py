@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -34,13 +35,14 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
         ({"kv_blocks": 8, "memory_fraction": 0.5}, ["kv_blocks=8", "memory_fraction=0.5", "keep one"]),
         ({"kv_blocks": 2, "max_model_len": 64}, ["kv_blocks=2", "max_model_len=64", "raise kv_blocks to 4"]),
         ({"max_num_seqs": 64, "max_num_batched_tokens": 32}, ["max_num_batched_tokens=32", "max_num_seqs=64"]),
+        ({"device": "cuda", "max_num_batched_tokens": 128}, ["max_num_batched_tokens=128", "max_num_seqs=256"]),
         ({"max_model_len": 10**6}, ["max_model_len=1000000", "positions"]),
         ({"model": "no/such/place"}, ["no/such/place", "config.json"]),
         ({"device": "cuda", "cpus_per_rank": 2}, ["cpus_per_rank=2", "leave it out"]),
         ({"load_format": "gguf"}, ["load_format='gguf'", "dummy"]),
         ({"seed": 3}, ["seed=3", "set load_format to dummy"]),
         ({"cuda_graphs": [1, 2]}, ["cuda_graphs=[1, 2]", "leave it out on cpu"]),
-        ({"device": "cuda", "cuda_graphs": [1, 128]}, ["cuda_graphs=[1, 128]", "max_num_seqs=64", "drop it"]),
+        ({"device": "cuda", "cuda_graphs": [1, 512]}, ["cuda_graphs=[1, 512]", "max_num_seqs=256", "drop it"]),
         ({"device": "cuda", "cuda_graphs": [0]}, ["cuda_graphs.0=0"]),
         ({"pack_strategy": "strict"}, ["data_parallel_size_local", "strict"]),
         ({"http": {"max_n": 0}}, ["http.max_n=0"]),
@@ -83,6 +85,18 @@ def test_a_serve_file_gives_the_configuration_with_user_config_over_args(checkpo
     path.write_text("proxies: 1")
     with pytest.raises(ValueError, match="no `applications`"):
         load(path)
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("configs/*.yaml")), ids=lambda path: path.stem)
+def test_the_files_that_come_along_are_good(path: Path, checkpoint: str, tmp_path: Path) -> None:
+    """But for the model, which is not part of the repository."""
+    config = json.loads(Path(checkpoint, "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 40960}))
+    text, places = re.subn(r"(?m)^( +model:) .*$", rf"\1 {tmp_path}", path.read_text())
+    assert places == 1
+    (tmp_path / "serve.yaml").write_text(text)
+    config = load(tmp_path / "serve.yaml")
+    assert config.engine_config().max_num_batched_tokens >= config.step_seqs
 
 
 def test_the_readme_has_the_table_of_today() -> None:
