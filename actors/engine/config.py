@@ -12,12 +12,12 @@ class EngineConfig(msgspec.Struct, frozen=True):
     ``device`` ``cpu`` or ``cuda``. ``kv_blocks`` blocks of ``block_size`` tokens form the KV cache; when None, they are
     what ``memory_fraction`` of the memory holds that the weights, and on cuda the largest step, leave free.
     ``max_model_len`` bounds prompt and completion together. ``max_num_batched_tokens`` bounds the tokens of one step,
-    ``max_num_seqs`` its sequences,
-    ``max_queue`` the requests waiting (more are refused as ``overloaded``). ``expert_slots`` is the number of physical
-    slots per MoE layer, by default what a group of ``min_data_parallel_size`` ranks needs. ``threads`` are torch's
-    intra-op threads. ``load_format`` is ``auto``, the checkpoint, or ``dummy``, random weights by ``seed``.
-    On cuda, up to ``max_ranks`` ranks of one machine exchange rows through each other's memory. ``cuda_graphs`` are the padded numbers of sequences for which a step is captured (None: a ladder up to
-    ``max_num_seqs``, empty: none). Timeouts are in seconds.
+    ``max_num_seqs`` its sequences, ``max_queue`` the requests waiting (more are refused as ``overloaded``).
+    ``expert_slots`` is the number of physical slots per MoE layer, by default what a group of
+    ``min_data_parallel_size`` ranks needs. ``threads`` are torch's intra-op threads. ``load_format`` is ``auto``, the
+    checkpoint, or ``dummy``, random weights by ``seed``. On cuda, up to ``max_ranks`` ranks of one machine exchange
+    rows through each other's memory. ``cuda_graphs`` are the padded numbers of sequences for which a step is captured
+    (None: a ladder up to ``max_num_seqs``, empty: none). Timeouts are in seconds.
     """
 
     model: str

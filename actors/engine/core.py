@@ -106,7 +106,7 @@ class EngineCore:
         self._standby = standby
         if standby.index is not None:
             address = self.mailbox.address.removeprefix("tcp://").rsplit(":", 1)[0]
-            standby.connect(store, address, self._config.collective_timeout_s)
+            standby.connect(store, address, self._config.collective_timeout_s, self._runner)
 
     def prefetch(self, done: Callable[[int], None]) -> None:
         """Has the loop read, one between two steps, the experts that the next epoch wants here; ``done(how many)``."""
@@ -277,6 +277,7 @@ class EngineCore:
             self._counters["dummy_steps"] += 1
             if any(tokens):
                 self._runner.dummy_step(tokens)
+                self._runner.wait()
             else:
                 time.sleep(IDLE_STEP_S)
             return
@@ -335,6 +336,7 @@ class EngineCore:
         """Launches the step, tells the clients of the one before while a GPU is busy with it, then takes its tokens."""
         sampling = sampler.Sampling(self._runner.step(batch, tokens), batch.sampling_slices)
         self._flush()
+        self._runner.wait()
         return sampling.results()
 
     # --- a request that makes the model raise ----------------------------------------------------------------------

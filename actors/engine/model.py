@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import PreTrainedModel
@@ -106,7 +106,7 @@ class MoEModel:
     """
 
     attention: PagedAttention
-    experts: Experts
+    experts: Any  # Experts, or CudaExperts, which has the same interface
 
     def __init__(self, directory: str | Path, dtype: str) -> None:
         if dtype not in DTYPES:
@@ -140,14 +140,30 @@ class MoEModel:
             max_positions=config.max_position_embeddings,
         )
 
-    def allocate_slots(self, num_slots: int, device: torch.device) -> None:
-        """Make ``num_slots`` empty expert slots in each MoE layer. Once only."""
-        layers = [
+    def allocate_slots(self, num_slots: int, device: torch.device, max_rows: int = 0, max_ranks: int = 1) -> None:
+        """Make ``num_slots`` empty expert slots in each MoE layer. Once only.
+
+        On GPUs a step has at most ``max_rows`` rows a rank, and a group at most ``max_ranks`` ranks.
+        """
+        self._layers = [
             slots.allocate(self.module.get_submodule(name), num_slots, self.dtype, device)
             for name in self.experts_names
         ]
+        self._device = device
+        if device.type != "cuda":
+            self.experts = self.host_experts()
+            return
+        from actors.engine.cuda.experts import CudaExperts
+
+        summary, layers = self.summary, cast("list[slots.StackedSlots]", self._layers)
+        self.experts = CudaExperts(
+            layers, summary.num_experts, summary.top_k, summary.hidden_size, self.dtype, device, max_rows, max_ranks
+        )
+
+    def host_experts(self) -> Experts:
+        """Experts in the same slots, whose rows are routed by the host."""
         summary = self.summary
-        self.experts = Experts(layers, summary.num_experts, summary.top_k, summary.hidden_size, self.dtype, device)
+        return Experts(self._layers, summary.num_experts, summary.top_k, summary.hidden_size, self.dtype, self._device)
 
     def _probe(self) -> _Probe:
         probe = _Probe()

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
+import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from actors.engine import cpu
 from actors.engine.batch import Batch
 from actors.engine.config import EngineConfig
 from actors.engine.experts.exchange import Exchange, PeerLost, SoloExchange
-from actors.engine.experts.layer import ExpertsBroken
+from actors.engine.experts.layer import Experts, ExpertsBroken
+from actors.engine.experts.mesh import MeshExchange
 from actors.engine.experts.routing import Routing
 from actors.engine.loader import Loader
 from actors.engine.model import MoEModel
@@ -48,7 +52,13 @@ class ModelRunner:
                 f"max_model_len is {config.max_model_len}, but {config.model} has {self.summary.max_positions} "
                 f"positions; lower max_model_len"
             )
-        self.model.allocate_slots(routing.num_slots, self.device)
+        if self.device.type == "cuda":
+            from actors.engine.cuda import memory
+
+            self._weights = memory.weights_of(self.model, routing.num_slots)
+            memory.check(self._weights, torch.cuda.mem_get_info()[0], config.min_data_parallel_size)
+        self._other: Experts | None = None
+        self.model.allocate_slots(routing.num_slots, self.device, config.max_num_batched_tokens, config.max_ranks)
         self.adopt(routing, exchange)
         self.loader: Loader = open_loader(self.model, self.device, config.load_format, config.seed)
         with torch.inference_mode():
@@ -71,14 +81,46 @@ class ModelRunner:
 
     def adopt(self, routing: Routing, exchange: Exchange) -> None:
         """Run the next step in another epoch or with another map; experts must stand in their slots already."""
+        experts = self.model.experts
+        if not experts.suits(exchange):
+            self.model.experts, self._other = self._other or self.model.host_experts(), experts
         self.model.experts.adopt(routing, exchange)
+
+    def exchange(
+        self, mesh: MeshExchange, store: dist.Store, epoch: int, abandoned: threading.Event | None = None
+    ) -> Exchange:
+        """The exchange of ``epoch``, whose members are connected by ``mesh`` and share ``store`` with nobody else.
+
+        On GPUs that reach each other's memory it goes through that, else through the mesh. Blocks until all members
+        are here, while steps go on. Raises PeerLost when one does not come.
+        """
+        if self.device.type != "cuda" or mesh.size > self.config.max_ranks:
+            return mesh
+        from actors.engine.cuda.peers import NoPeerAccess
+
+        try:
+            return self._windows.connect(mesh, store, epoch, self.config.collective_timeout_s, abandoned)
+        except NoPeerAccess as error:
+            logger.warning("epoch %d exchanges rows through host memory, and runs without graphs: %s", epoch, error)
+            return mesh
+
+    @functools.cached_property
+    def _windows(self) -> Any:
+        from actors.engine.cuda.peers import PeerWindows
+
+        return PeerWindows(self.model.experts.window)
+
+    def wait(self) -> None:
+        """Wait until the step launched last is complete. Raises PeerLost when a lost peer has made it void."""
+        self.steps.wait()
 
     @torch.inference_mode()
     def step(self, batch: Batch, tokens_per_rank: Sequence[int]) -> torch.Tensor:
-        """Logits ``[S, vocab]``, one row for each of ``batch.sampling_slices``: float32 on CPUs, else in the model's dtype.
+        """Logits ``[S, vocab]``, one row for each of ``batch.sampling_slices``, float32 or in the model's dtype.
 
-        They stand until the next step. ``tokens_per_rank`` is the same list on every rank, by rank index; this rank's entry is ``batch.num_tokens``.
-        Raises StepFailed; PeerLost, when the step is void; ExpertsBroken, when this rank cannot go on.
+        They stand until the next step. ``tokens_per_rank`` is the same list on every rank, by rank index; this rank's
+        entry is ``batch.num_tokens``. Raises StepFailed; PeerLost, when the step is void (where steps are
+        ``asynchronous``, ``wait`` does); ExpertsBroken, when this rank cannot go on.
         """
         self.model.experts.begin(tokens_per_rank)
         try:
@@ -126,7 +168,7 @@ class ModelRunner:
         if self.device.type == "cuda":
             from actors.engine.cuda.steps import CudaSteps
 
-            return CudaSteps(self.model, self.config)
+            return CudaSteps(self.model, self.config, self._weights)
         return EagerSteps(self.model, self.config)
 
     def _prepare_for_cpu(self) -> None:

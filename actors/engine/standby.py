@@ -9,7 +9,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from actors.engine.experts.exchange import Exchange, SoloExchange
+from actors.engine.experts.exchange import Exchange, PeerLost, SoloExchange
 from actors.engine.experts.map import ExpertMap
 from actors.engine.experts.mesh import MeshExchange
 from actors.engine.experts.planner import Move, moves
@@ -38,8 +38,8 @@ class Standby:
             self._todo.extend(move for move in moves(*layouts) if move.rank == rank)
         self._made: list[tuple[Move, Any]] = []  # to be put into their slots at the switch
 
-    def connect(self, store: str, address: str, timeout_s: float) -> None:
-        """Forms the epoch's exchange through the store at ``ip:port``, bound to the IP ``address``.
+    def connect(self, store: str, address: str, timeout_s: float, runner: ModelRunner) -> None:
+        """Forms the epoch's exchange for ``runner`` through the store at ``ip:port``, bound to the IP ``address``.
 
         Blocks until all members have come. Raises PeerLost when one does not within ``timeout_s``, or when ``abandon``
         is called.
@@ -52,8 +52,12 @@ class Standby:
         host, port = store.rsplit(":", 1)
         client = dist.TCPStore(host, int(port), is_master=False, timeout=timedelta(seconds=timeout_s))
         prefixed = dist.PrefixStore(f"epoch{self.epoch.number}", client)
-        exchange = MeshExchange(prefixed, self.index, size, timeout_s, address, self._abandoned)
-        self.exchange = exchange
+        mesh = MeshExchange(prefixed, self.index, size, timeout_s, address, self._abandoned)
+        try:
+            self.exchange = exchange = runner.exchange(mesh, prefixed, self.epoch.number, self._abandoned)
+        except PeerLost:
+            mesh.close()
+            raise
         if self._abandoned.is_set():
             exchange.close()
 

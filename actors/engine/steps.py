@@ -32,6 +32,9 @@ class Steps(Protocol):
     def idle(self) -> None:
         """A step without rows of this rank: its experts serve the others."""
 
+    def wait(self) -> None:
+        """Wait until the step launched last is complete. Raises PeerLost when a lost peer has made it void."""
+
     def warm_up(self) -> None:
         """Run, or capture, steps of the usual shapes; the group is this rank alone. Scribbles into the KV cache."""
 
@@ -70,6 +73,9 @@ class EagerSteps:
     def idle(self) -> None:
         self.model.experts.finish()
 
+    def wait(self) -> None:
+        pass  # operators of a CPU are complete when they return
+
     def warm_up(self) -> None:
         size = self.config.block_size
         prompt = [0] * min(size, self.config.max_num_batched_tokens)
@@ -103,18 +109,13 @@ class EagerSteps:
             "KV cache: %s: %d blocks of %d tokens, %d bytes each, %.1f MiB; %d tokens in all",
             source, blocks, config.block_size, block, blocks * block / 2**20, blocks * config.block_size,
         )  # fmt: skip
-        check_blocks(blocks, source, config)
+        needed = -(-config.max_model_len // config.block_size)
+        if blocks < needed:
+            raise ValueError(
+                f"the KV cache has {blocks} blocks ({source}), but one request of max_model_len {config.max_model_len} "
+                f"needs {needed}; lower max_model_len, or raise kv_blocks or memory_fraction"
+            )
         return blocks
-
-
-def check_blocks(blocks: int, source: str, config: EngineConfig) -> None:
-    """Raises ValueError where a request of the greatest length would not fit."""
-    needed = -(-config.max_model_len // config.block_size)
-    if blocks < needed:
-        raise ValueError(
-            f"the KV cache has {blocks} blocks ({source}), but one request of max_model_len {config.max_model_len} "
-            f"needs {needed}; lower max_model_len, or raise kv_blocks or memory_fraction"
-        )
 
 
 def rehearsal(tokens: list[int], start: int, blocks: list[int]) -> Slice:

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
-
-from actors.engine.batch import Batch
 
 
 class KVShape(NamedTuple):
@@ -25,8 +23,11 @@ class KVShape(NamedTuple):
 class PagedAttention(Protocol):
     """Attention of all layers over one pool of KV blocks per layer."""
 
-    def begin(self, batch: Batch) -> None:
-        """Build what all layers of this step share: where to write, what each sequence sees."""
+    def begin(self, step: Any) -> None:
+        """Build what all layers of this step share: where to write, what each sequence sees.
+
+        ``step`` is the batch, on GPUs the ``StepInputs`` that describe it.
+        """
 
     def forward(
         self,

@@ -78,14 +78,14 @@ class TorchPagedAttention:
         # Reused by all layers: fresh memory of this size would cost a page fault every 4 KiB.
         self._buffers = [torch.empty(0, dtype=dtype, device=device) for _ in range(2)]
 
-    def begin(self, batch: Batch) -> None:
+    def begin(self, step: Batch) -> None:
         size = self.block_size
         targets: list[int] = []
         begun: list[int] = []
         decodes: list[Decode] = []
         self._chunks: list[_Chunk] = []
         row = 0
-        for part in batch.slices:
+        for part in step.slices:
             start, end = part.start, part.start + len(part.tokens)
             targets += [part.blocks[p // size] * size + p % size for p in range(start, end)]
             needed = part.blocks[: (end + size - 1) // size]

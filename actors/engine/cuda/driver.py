@@ -53,7 +53,7 @@ class DeviceMemory:
                 f"no room for a window of {nbytes / 2**20:.0f} MiB, {free / 2**20:.0f} MiB are free; lower "
                 f"max_num_batched_tokens: {error}"
             ) from error
-        self.data: torch.Tensor = torch.as_tensor(_Bytes(address.value, nbytes), device=device)
+        self.data: torch.Tensor = torch.as_tensor(Bytes(address.value, nbytes), device=device)
         self.data.zero_()
         self._stream = torch.cuda.Stream(device)
         self._staging = torch.zeros(1024, dtype=torch.int32, pin_memory=True)
@@ -91,7 +91,7 @@ class DeviceMemory:
             raise OSError(code, f"{name}: {(text.value or b'unknown error').decode()}")
 
 
-class _Bytes:
+class Bytes:
     """What torch takes for an array of bytes that stand on a device."""
 
     def __init__(self, address: int, nbytes: int) -> None:

@@ -19,7 +19,7 @@ class Chunk(NamedTuple):
     """A sequence with several rows in this step: rows ``first .. first + count - 1``, positions from ``start``."""
 
     first: int
-    count: int
+    count: int  # type: ignore[assignment]  # not the tuple's method
     start: int
     sequence: int
 

@@ -1,8 +1,8 @@
 """Steps on a GPU: decodes as one captured graph per padded size, everything else operator by operator.
 
-A graph holds a whole step, from the embedding to the logits, the exchange between ranks included. What differs from step
-to step, and from epoch to epoch, is read from device tensors that never move: ``StepInputs`` with its block tables, and
-the tables of the experts. So nothing is captured again when the group changes.
+A graph holds a whole step, from the embedding to the logits, the exchange between ranks included. What differs from
+step to step, and from epoch to epoch, is read from device tensors that never move: ``StepInputs``, and the tables of
+the experts. So nothing is captured again when the group changes.
 """
 
 from __future__ import annotations
@@ -10,20 +10,29 @@ from __future__ import annotations
 import bisect
 import logging
 import time
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
+from actors.engine.attention.base import bytes_per_block
 from actors.engine.attention.triton_paged import TritonPagedAttention
-from actors.engine.batch import EMPTY, Batch
+from actors.engine.batch import EMPTY, Batch, Slice
 from actors.engine.config import EngineConfig
+from actors.engine.cuda import memory
+from actors.engine.cuda.driver import Bytes
+from actors.engine.cuda.experts import CudaExperts
 from actors.engine.cuda.inputs import StepInputs
+from actors.engine.cuda.peers import CudaPeers
 from actors.engine.model import MoEModel
-from actors.engine.steps import check_blocks, rehearsal
+from actors.engine.steps import rehearsal
 
 logger = logging.getLogger(__name__)
 
 # Runs of a step before it is captured: kernels are compiled and chosen, workspaces made.
 _REHEARSALS = 2
+# What the driver keeps for one captured step, besides the memory that the step computes in. Bytes.
+_GRAPH_BYTES = 16 * 2**20
 
 
 def ladder(most: int) -> list[int]:
@@ -35,29 +44,35 @@ def ladder(most: int) -> list[int]:
 class CudaSteps:
     """See ``Steps``. Building it runs a largest step, and takes of what is left the KV cache.
 
-    Raises ValueError when too little is left.
+    ``weights`` is what ``memory.weights_of`` said of the model. Raises ValueError when too little is left.
     """
 
     asynchronous = True
 
-    def __init__(self, model: MoEModel, config: EngineConfig) -> None:
+    def __init__(self, model: MoEModel, config: EngineConfig, weights: memory.Weights) -> None:
         self.model = model
         self.config = config
         self.device = torch.device(config.device)
-        self._max_blocks = -(-config.max_model_len // config.block_size)
+        self._experts = model.experts
+        blocks = -(-config.max_model_len // config.block_size)
         self.inputs = StepInputs(
-            config.max_num_batched_tokens, config.max_num_seqs, self._max_blocks, config.block_size, self.device
+            config.max_num_batched_tokens, config.max_num_seqs, blocks, config.block_size, self.device
         )
-        model.experts.own_rows = self.inputs.count
-        self.sizes = ladder(config.max_num_seqs) if config.cuda_graphs is None else sorted(config.cuda_graphs)
+        if isinstance(self._experts, CudaExperts):
+            self._experts.own_rows = self.inputs.count
+        wanted = ladder(config.max_num_seqs) if config.cuda_graphs is None else sorted(config.cuda_graphs)
+        self.sizes = wanted if isinstance(self._experts, CudaExperts) and self._experts.capturable else []
         self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
         self._idle: torch.cuda.CUDAGraph | None = None
-        self.num_kv_blocks = self._count_blocks()
-        model.attention = self._make_attention(self.num_kv_blocks)
+        self._done = torch.cuda.Event()
+        plan = self._plan(weights)
+        logger.info("%s", plan)
+        self.num_kv_blocks = plan.blocks
+        model.attention = self._make_attention(plan.blocks)
 
     def run(self, batch: Batch) -> torch.Tensor:
         count = batch.num_tokens
-        size = self._size_of(batch)
+        size = self._size_of(batch) if self.model.experts is self._experts else None
         self.inputs.fill(batch, None if size is None else lambda _: size)
         self.model.attention.begin(self.inputs)
         if size in self._graphs:
@@ -72,13 +87,20 @@ class CudaSteps:
 
     def idle(self) -> None:
         self.inputs.fill(EMPTY)
-        if self._idle is not None:
+        if self._idle is not None and self.model.experts is self._experts:
             self._idle.replay()
         else:
             self.model.experts.finish()
 
+    def wait(self) -> None:
+        if isinstance(self.model.experts, CudaExperts):
+            exchange = self.model.experts.exchange
+            if isinstance(exchange, CudaPeers):
+                self._done.record()
+                exchange.wait(self._done, self.config.collective_timeout_s)
+                self.model.experts.check()
+
     def warm_up(self) -> None:
-        self._largest_step()
         started, before = time.monotonic(), torch.cuda.mem_get_info()[0]
         for size in reversed(self.sizes):
             self._capture(size)
@@ -91,16 +113,14 @@ class CudaSteps:
         )  # fmt: skip
 
     def _capture(self, size: int) -> None:
-        batch = Batch(tuple(rehearsal([0], 0, [i % self.num_kv_blocks]) for i in range(size)))
         for _ in range(_REHEARSALS):
-            self.model.experts.begin([size])
-            self.run(batch)
+            self._rehearse(size)
         torch.cuda.synchronize()
         self.model.experts.begin([size])
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool):
             logits = self._forward()
-        self._graphs[size] = graph, logits
+        self._graphs[size] = graph, _unowned(logits)
 
     def _capture_idle(self) -> None:
         for _ in range(_REHEARSALS):
@@ -114,8 +134,8 @@ class CudaSteps:
         self._idle = graph
 
     @property
-    def _pool(self) -> tuple[int, int] | None:
-        """One pool for all graphs: only one of them runs at a time, and its results are used before the next one."""
+    def _pool(self) -> Any:
+        """One pool for all graphs: one runs at a time, and its logits have been used before another one begins."""
         return next((graph.pool() for graph, _ in self._graphs.values()), None)
 
     def _size_of(self, batch: Batch) -> int | None:
@@ -141,16 +161,62 @@ class CudaSteps:
     def _make_attention(self, blocks: int) -> TritonPagedAttention:
         return TritonPagedAttention(self.model.kv_shapes, blocks, self.config.block_size, self.model.dtype, self.device)
 
+    def _plan(self, weights: memory.Weights) -> memory.MemoryPlan:
+        """Runs the largest steps over a KV cache that is just large enough, and counts."""
+        config, needed = self.config, -(-self.config.max_model_len // self.config.block_size)
+        enough = -(-config.max_num_batched_tokens // config.block_size)
+        self.num_kv_blocks = max(needed, enough)
+        self.model.attention = self._make_attention(self.num_kv_blocks)
+        activations = self._peak(self._largest_step)
+        most = self.sizes[-1] if self.sizes else 0
+        decodes = self._peak(lambda: self._rehearse(most)) + len(self.sizes) * _GRAPH_BYTES if most else 0
+        del self.model.attention
+        torch.cuda.empty_cache()
+        free, total = torch.cuda.mem_get_info()
+        cache = memory.Cache(
+            block_bytes=bytes_per_block(self.model.kv_shapes, config.block_size, self.model.dtype),
+            block_size=config.block_size,
+            needed=needed,
+            blocks=config.kv_blocks,
+            fraction=config.memory_fraction,
+        )
+        return memory.plan(
+            weights, cache, total=total, free=free, activations=activations,
+            step_tokens=config.max_num_batched_tokens, graphs=decodes, min_ranks=config.min_data_parallel_size,
+        )  # fmt: skip
+
+    def _peak(self, step: Callable[[], None]) -> int:
+        """Bytes that a step takes at most. It runs twice: the first time compiles, and makes what stays."""
+        step()
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+
+    def _rehearse(self, size: int) -> None:
+        batch = Batch(tuple(rehearsal([0], 0, [i % self.num_kv_blocks]) for i in range(size)))
+        self.model.experts.begin([size])
+        self.run(batch)
+
     def _largest_step(self) -> None:
         """Prompts as long as they may be, as many as a step holds."""
-        left, slices, first = self.config.max_num_batched_tokens, [], 0
+        left, first = self.config.max_num_batched_tokens, 0
+        slices: list[Slice] = []
         while left and len(slices) < self.config.max_num_seqs:
             count = min(left, self.config.max_model_len)
             needed = -(-count // self.config.block_size)
-            blocks = [block % self.model.attention.num_blocks for block in range(first, first + needed)]
+            blocks = [block % self.num_kv_blocks for block in range(first, first + needed)]
             slices.append(rehearsal([0] * count, 0, blocks))
             left, first = left - count, first + needed
         batch = Batch(tuple(slices))
         self.model.experts.begin([batch.num_tokens])
         self.run(batch)
-        torch.cuda.synchronize()
+
+
+def _unowned(tensor: torch.Tensor) -> torch.Tensor:
+    """The same memory, which may be used for something else once ``tensor`` is gone: by the other graphs of a pool."""
+    whole = tensor.untyped_storage()
+    flat = torch.as_tensor(Bytes(whole.data_ptr(), whole.nbytes()), device=tensor.device).view(tensor.dtype)
+    return flat.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())

@@ -15,6 +15,7 @@ import torch
 
 from actors.engine.experts.exchange import Exchange
 from actors.engine.experts.map import EMPTY_SLOT
+from actors.engine.experts.mesh import MeshExchange
 from actors.engine.experts.routing import Routing
 from actors.engine.experts.slots import ExpertSlots
 
@@ -55,6 +56,10 @@ class Experts:
         self.chosen = np.zeros((len(self.layers), num_experts), dtype=np.int64)
         self.computed = 0
         self._next = len(self.layers)
+
+    def suits(self, exchange: Exchange) -> bool:
+        """Whether rows can travel by ``exchange`` from here."""
+        return self.device.type != "cuda" or isinstance(exchange, MeshExchange)
 
     def adopt(self, routing: Routing, exchange: Exchange) -> None:
         """Use another map, or another epoch's exchange, from the next step on. Raises ValueError when it is of

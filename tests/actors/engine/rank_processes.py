@@ -64,12 +64,16 @@ class Result:
 def run(job: Job) -> Result:
     """Serve the job's prompts greedily until no rank of the group has work."""
     exchange: Exchange = SoloExchange()
-    if job.size > 1:
-        port, prefix = job.store
-        store = dist.PrefixStore(prefix, dist.TCPStore("127.0.0.1", port, is_master=False))
-        exchange = MeshExchange(store, job.rank_index, job.size, job.config.collective_timeout_s, "127.0.0.1")
+    runner = ModelRunner(job.config, Routing(job.load or job.map, job.rank_index), exchange)
+    if runner.asynchronous:
+        runner.warm_up()  # captures
     try:
-        runner = ModelRunner(job.config, Routing(job.load or job.map, job.rank_index), exchange)
+        if job.size > 1:
+            port, prefix = job.store
+            store = dist.PrefixStore(prefix, dist.TCPStore("127.0.0.1", port, is_master=False))
+            mesh = MeshExchange(store, job.rank_index, job.size, job.config.collective_timeout_s, "127.0.0.1")
+            exchange = mesh
+            exchange = runner.exchange(mesh, store, epoch=1)
         runner.adopt(Routing(job.map, job.rank_index), exchange)
         if job.poison is not None:
             _poison(runner, job.poison)
@@ -106,6 +110,7 @@ def _serve(job: Job, runner: ModelRunner, exchange: Exchange) -> Result:
         tokens = [count for _, count in vectors]
         if not batch.slices:
             runner.dummy_step(tokens)
+            runner.wait()
             result.dummy_steps += 1
             continue
         result.longest_slice = max(result.longest_slice, *(len(piece.tokens) for piece in batch.slices))
@@ -118,10 +123,12 @@ def _serve(job: Job, runner: ModelRunner, exchange: Exchange) -> Result:
                     scheduler.abort(piece.request_id)
                     result.failed.append(piece.request_id)
             continue
-        sampled = [Sampled(token) for token in logits.argmax(-1).tolist()]
+        best = logits.argmax(-1)
+        runner.wait()
+        sampled = [Sampled(token) for token in best.tolist()]
         for output in scheduler.commit(batch, sampled):
             result.tokens[output.delta.request_id] += output.delta.tokens
-    result.bytes_read = runner.loader.checkpoint.bytes_read
+    result.bytes_read = runner.loader.bytes_read
     result.preemptions = scheduler.preemptions
     result.prefix_hits = scheduler.pool.hits
     return result
@@ -149,9 +156,9 @@ class RankProcesses:
         context = multiprocessing.get_context("spawn")
         self.processes = []
         self.pipes = []
-        for _ in range(count):
+        for number in range(count):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_work, args=(theirs,), daemon=True)
+            process = context.Process(target=_work, args=(theirs, number), daemon=True)
             process.start()
             self.processes.append(process)
             self.pipes.append(ours)
@@ -186,7 +193,9 @@ class RankProcesses:
         return self.results(len(jobs), first)
 
 
-def _work(pipe: Any) -> None:
+def _work(pipe: Any, number: int) -> None:
+    if gpus := torch.cuda.device_count():
+        os.environ["CUDA_VISIBLE_DEVICES"] = str(number % gpus)
     torch.set_num_threads(1)
     while True:
         try:
