@@ -1,0 +1,130 @@
+"""The experts' two products with weights in FP8 and a scale per block; ``gemm.py`` has them for unquantised ones.
+
+Weights are read as they are stored, half the bytes, and become the activations' type in registers, which is exact; a
+block's scale multiplies its partial sum, in float32, so nothing is rounded that the dequantised product does not round.
+The weights are the left operand, the rows the right one (so results are computed transposed): the tensor cores of an
+H100 take only their left operand from registers, and it has at least 64 rows, which there are in a weight but not
+always in a batch.
+"""
+
+# mypy: allow-untyped-defs
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from actors.engine.cuda.gemm import Shape, _find, _tiles
+
+BLOCK = 128
+"""Rows and columns of a weight that share a scale."""
+
+
+@triton.jit
+def _product(total, weight, scale, x, PRECISION: tl.constexpr):
+    """``total [columns, rows]`` plus a block of weights ``[columns, 128]`` times ``x [rows, 128]``."""
+    part = tl.dot(tl.load(weight).to(x.dtype), tl.trans(x), input_precision=PRECISION)
+    return total + part * tl.load(scale)
+
+
+@triton.jit
+def expand(
+    hidden, received, weight, scale, inner, count, index, members, local, turn, computed,
+    layer, num_slots, capacity, max_rows,
+    N: tl.constexpr, K: tl.constexpr, TOP_K: tl.constexpr, SLOTS: tl.constexpr, PRECISION: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """``gemm.expand`` with a SiLU gate: ``inner [pairs, N / 2]``, for ``weight [slots, N, K]`` in FP8.
+
+    ``scale`` is float32 ``[slots, N / 128, K / 128]``. ``K`` and ``N / 2`` are multiples of 128, ``BN`` divides 128,
+    and ``BK`` is 128.
+    """
+    slot, pairs, before, ends = _tiles(count, num_slots, BM, SLOTS)
+    if tl.program_id(0) == 0:
+        tl.store(computed, tl.load(computed) + tl.sum(pairs, 0))
+        tl.store(turn, tl.load(turn) + 1 - tl.load(local + layer))
+    me = tl.load(members + 1)
+    WIDTH: tl.constexpr = N // 2
+    columns: tl.constexpr = WIDTH // BN
+    for work in range(tl.program_id(0), tl.max(ends, 0) * columns, tl.num_programs(0)):
+        number, block, pair, left, place = _find(work, columns, slot, pairs, before, ends, BM)
+        row = tl.arange(0, BM)
+        real = row < left
+        code = tl.load(index + number.to(tl.int64) * capacity + pair + row, mask=real, other=0)
+        source = code // (max_rows * TOP_K)
+        token = (code // TOP_K).to(tl.int64)
+        own = hidden + (token - source.to(tl.int64) * max_rows) * K
+        start = tl.where(source == me, own, received + token * K)
+        k = tl.arange(0, BK)
+        column = block * BN + tl.arange(0, BN)
+        first = weight + number.to(tl.int64) * (N * K) + column[:, None] * K + k[None, :]
+        scales = scale + (number * (N // BK) + block * BN // BK) * (K // BK)
+        total = tl.zeros([BN, BM], tl.float32)
+        gated = tl.zeros([BN, BM], tl.float32)
+        for at in range(0, K // BK):
+            x = tl.load(start[:, None] + (at * BK + k)[None, :], mask=real[:, None], other=0)
+            total = _product(total, first + at * BK, scales + at, x, PRECISION)
+            gated = _product(gated, first + WIDTH * K + at * BK, scales + WIDTH // BK * (K // BK) + at, x, PRECISION)
+        total = tl.trans(total / (1 + tl.exp(-total)) * gated)
+        there = inner + (place + row).to(tl.int64)[:, None] * WIDTH + column[None, :]
+        tl.store(there, total.to(inner.dtype.element_ty), mask=real[:, None])
+
+
+@triton.jit
+def contract(
+    inner, weight, scale, results, count, index, members, windows,
+    num_slots, capacity, max_rows,
+    N: tl.constexpr, K: tl.constexpr, TOP_K: tl.constexpr, SLOTS: tl.constexpr, PRECISION: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """``gemm.contract`` for ``weight [slots, N, K]`` in FP8, ``scale`` as in ``expand``; ``N`` and ``K`` likewise."""
+    here = tl.load(windows + tl.load(members + 1))
+    slot, pairs, before, ends = _tiles(count, num_slots, BM, SLOTS)
+    columns: tl.constexpr = N // BN
+    for work in range(tl.program_id(0), tl.max(ends, 0) * columns, tl.num_programs(0)):
+        number, block, pair, left, place = _find(work, columns, slot, pairs, before, ends, BM)
+        row = tl.arange(0, BM)
+        real = row < left
+        code = tl.load(index + number.to(tl.int64) * capacity + pair + row, mask=real, other=0)
+        source = code // (max_rows * TOP_K)
+        k = tl.arange(0, BK)
+        column = block * BN + tl.arange(0, BN)
+        start = inner + (place + row).to(tl.int64) * K
+        weights = weight + number.to(tl.int64) * (N * K) + column[:, None] * K + k[None, :]
+        scales = scale + (number * (N // BK) + block * BN // BK) * (K // BK)
+        total = tl.zeros([BN, BM], tl.float32)
+        for at in range(0, K // BK):
+            x = tl.load(start[:, None] + (at * BK + k)[None, :], mask=real[:, None], other=0)
+            total = _product(total, weights + at * BK, scales + at, x, PRECISION)
+        offset = (tl.load(windows + source, mask=real, other=0) - here) // (
+            results.dtype.element_ty.primitive_bitwidth // 8
+        )
+        home = results + tl.multiple_of(offset, 16) + (code - source * (max_rows * TOP_K)).to(tl.int64) * N
+        tl.store(home[:, None] + column[None, :], tl.trans(total).to(results.dtype.element_ty), mask=real[:, None])
+
+
+def shape(rows: float) -> Shape:
+    """Tiles for either product where a slot has about this many rows; both need the same."""
+    return next(candidate for limit, candidate in _SHAPES if rows <= limit)
+
+
+_SHAPES = [
+    (24, Shape(16, 64, BLOCK, 4, 4, 2)),
+    (48, Shape(32, 64, BLOCK, 4, 4, 2)),
+    (float("inf"), Shape(64, 128, BLOCK, 8, 3, 1)),
+]
+
+
+def suits(module: Any) -> bool:
+    """Whether these kernels can compute an experts module: plain gate, no bias, sizes that are whole blocks."""
+    if module.is_transposed or module.has_bias or not module.has_gate:
+        return False
+    _, hidden, inner = module.down_proj.shape
+    sample = torch.linspace(-4, 4, 64).view(2, 32)
+    first, second = sample.chunk(2, dim=-1)
+    plain = torch.nn.functional.silu(first) * second
+    own = module._apply_gate(sample)
+    return hidden % BLOCK == inner % BLOCK == 0 and own.shape == plain.shape and torch.allclose(own, plain)
