@@ -1,0 +1,116 @@
+"""Decoder layers ``h = x + attention(norm(x))``, ``h + mlp(norm(h))``, with each sum and the norm after it as one.
+
+The last sum of a layer has its norm in the next layer, or after the last one. So a layer gives its residual and what is
+to be added to it, where the next reader is known to take them; then no sum stands alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from actors.engine.cuda.elementwise import add_rms_norm, rms_norm
+from actors.engine.cuda.trial import TOLERANCE, Trial, attempt, error
+
+
+@dataclass
+class Norm:
+    """A fused RMS norm; see ``rms_norm``."""
+
+    weight: torch.Tensor
+    epsilon: float
+    round_before_scale: bool
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return rms_norm(x, self.weight, self.epsilon, self.round_before_scale)
+
+    def of_sum(self, x: torch.Tensor, delta: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return add_rms_norm(x, delta, self.weight, self.epsilon, self.round_before_scale)
+
+
+@dataclass
+class Unsummed:
+    """Hidden states ``x + delta``. Not a tensor, so that whoever does not know it fails."""
+
+    x: torch.Tensor
+    delta: torch.Tensor
+
+
+class _Layer:
+    """The forward of a decoder layer. With ``open_end`` it gives an ``Unsummed``; it always takes one."""
+
+    def __init__(self, module: Any, first: Norm, second: Norm) -> None:
+        self.attention, self.mlp, self.first, self.second = module.self_attn, module.mlp, first, second
+        self.open_end = False
+
+    def __call__(self, hidden_states: torch.Tensor | Unsummed, **arguments: Any) -> torch.Tensor | Unsummed:
+        if isinstance(hidden_states, Unsummed):
+            x, normed = self.first.of_sum(hidden_states.x, hidden_states.delta)
+        else:
+            x, normed = hidden_states, self.first(hidden_states)
+        x, normed = self.second.of_sum(x, self.attention(hidden_states=normed, **arguments)[0])
+        delta = self.mlp(normed)
+        delta = delta[0] if isinstance(delta, tuple) else delta
+        return Unsummed(x, delta) if self.open_end else x + delta
+
+
+def fuse_decoders(trial: Trial, norms: Mapping[Any, Norm]) -> tuple[int, int]:
+    """Fuse the decoder layers whose norms are fused already; how many those are, and after how many no sum stands."""
+    layers: dict[Any, _Layer] = {}
+    for module in trial.model.module.modules():
+        layer = _layer(module, trial, norms)
+        if layer is not None:
+            layers[module] = layer
+            module.forward = layer
+    opened = 0
+    for module in trial.model.module.modules():
+        stack, last = getattr(module, "layers", None), norms.get(getattr(module, "norm", None))
+        if isinstance(stack, torch.nn.ModuleList) and last is not None and all(layer in layers for layer in stack):
+            opened += _open(module, [layers[layer] for layer in stack], last, trial)
+    return len(layers), opened
+
+
+def _layer(module: Any, trial: Trial, norms: Mapping[Any, Norm]) -> _Layer | None:
+    first, second = (norms.get(getattr(module, name, None)) for name in ("input_layernorm", "post_attention_layernorm"))
+    if first is None or second is None or not hasattr(module, "self_attn") or not hasattr(module, "mlp"):
+        return None
+    width = len(first.weight)
+    x, arguments = trial.hidden(width), trial.arguments(width)
+    layer = _Layer(module, first, second)
+    with trial.recorded():
+        own = attempt(lambda: module.forward(x, **arguments))
+        if own is None or error(own, attempt(lambda: layer(x, **arguments))) > TOLERANCE[trial.model.dtype]:
+            return None
+    return layer
+
+
+def _open(body: Any, layers: list[_Layer], last: Norm, trial: Trial) -> int:
+    """Leave the ends of ``layers`` open if ``body`` hands them on untouched; for how many layers."""
+    ids = torch.zeros(1, 3, dtype=torch.long, device=trial.device)
+    ids += torch.arange(3, device=trial.device)
+
+    def run() -> Any:
+        return attempt(lambda: body(input_ids=ids, position_ids=ids, use_cache=False).last_hidden_state)
+
+    with trial.recorded():
+        closed = run()
+        if closed is None:
+            return 0
+        own = body.norm.forward
+
+        def norm(x: torch.Tensor | Unsummed) -> torch.Tensor:
+            return last.of_sum(x.x, x.delta)[1] if isinstance(x, Unsummed) else last(x)
+
+        body.norm.forward = norm
+        for layer in layers:
+            layer.open_end = True
+        opened = run()
+        if opened is not None and error(closed, opened) <= TOLERANCE[trial.model.dtype]:
+            return len(layers)
+        body.norm.forward = own
+        for layer in layers:
+            layer.open_end = False
+    return 0

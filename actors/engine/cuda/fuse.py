@@ -1,0 +1,231 @@
+"""Modules of a loaded model whose forward is a few kernels instead of dozens.
+
+Which modules those are is not a list of model families. A candidate is recognised by its parts, its fused forward is
+run beside its own on random input, and it is taken only when both agree; any other module stays as it is.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import torch
+
+from actors.engine.attention.triton_paged import TritonPagedAttention
+from actors.engine.cuda.decoder import Norm, fuse_decoders
+from actors.engine.cuda.elementwise import MAX_NORM_WIDTH, rms_norm, silu_and_mul
+from actors.engine.cuda.linear import Linear, join
+from actors.engine.cuda.rotary import Heads, split_and_keep, split_and_rotate
+from actors.engine.cuda.router import MAX_CHOSEN, MAX_EXPERTS, Choice, Router, route
+from actors.engine.cuda.trial import TOLERANCE, Trial, attempt, error, errors
+from actors.engine.model import MoEModel
+
+logger = logging.getLogger(__name__)
+
+_T = TypeVar("_T")
+_ROUTED_ROWS = 16
+
+
+@torch.inference_mode()
+def fuse(model: MoEModel) -> None:
+    """Give the modules of ``model`` forwards of few kernels. Its dense weights stand where they stay.
+
+    Linear layers of the same input share one weight from here on. Runs every module it may fuse on a few random rows;
+    attention and experts are not called, and need not exist.
+    """
+    _Fuser(model).run()
+
+
+class _Fuser:
+    def __init__(self, model: MoEModel) -> None:
+        self.model = model
+        self.trial = Trial(model)
+        self.tolerance = TOLERANCE[model.dtype]
+        self.joined = join(model.linear_groups)
+        self.norms: dict[Any, Norm] = {}
+
+    def run(self) -> None:
+        counts: Counter[str] = Counter()
+        kinds = (("norms", self._norm), ("MLPs", self._mlp), ("routers", self._router), ("attentions", self._attention))
+        for name, attempt_to_fuse in kinds:
+            for module in self.model.module.modules():
+                if attempt_to_fuse(module):
+                    counts[name] += 1
+        counts["layers"], counts["open layers"] = fuse_decoders(self.trial, self.norms)
+        counts["joint projections"] = sum(len(group) > 1 for group in self.joined)
+        logger.info("fused %s", ", ".join(f"{n} {name}" for name, n in counts.items() if n) or "nothing")
+
+    def _best(self, own: Any, candidates: Sequence[_T], run: Callable[[_T], Any]) -> _T | None:
+        """The candidate whose result is nearest to ``own``, of those within the tolerance."""
+        if own is None:
+            return None
+        scored = [(error(own, run(candidate)), place) for place, candidate in enumerate(candidates)]
+        worst, place = min(scored, default=(float("inf"), 0))
+        return candidates[place] if worst <= self.tolerance else None
+
+    def _norm(self, module: Any) -> bool:
+        weight: Any = getattr(module, "weight", None)
+        epsilon = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+        if not type(module).__name__.endswith("RMSNorm") or not isinstance(epsilon, float):
+            return False
+        if not isinstance(weight, torch.Tensor) or weight.dtype != self.model.dtype or len(weight) > MAX_NORM_WIDTH:
+            return False
+        x = self.trial.hidden(len(weight))
+        candidates = [Norm(weight.detach(), epsilon, early) for early in (True, False)]
+        norm = self._best(attempt(lambda: module.forward(x)), candidates, lambda candidate: candidate(x))
+        if norm is None:
+            return False
+        module.forward = norm
+        self.norms[module] = norm
+        return True
+
+    def _mlp(self, module: Any) -> bool:
+        parts = [getattr(module, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
+        inner = self.joined.get(tuple(parts[:2]))  # type: ignore[arg-type]
+        outer = self.joined.get(tuple(parts[2:]))  # type: ignore[arg-type]
+        if inner is None or outer is None:
+            return False
+
+        def forward(x: torch.Tensor) -> torch.Tensor:
+            return outer(silu_and_mul(inner(x)))
+
+        x = self.trial.hidden(parts[0].in_features)  # type: ignore[union-attr]
+        if self._best(attempt(lambda: module.forward(x)), [forward], lambda candidate: candidate(x)) is None:
+            return False
+        module.forward = forward
+        return True
+
+    def _router(self, module: Any) -> bool:
+        weight, top_k = getattr(module, "weight", None), getattr(module, "top_k", None)
+        if not isinstance(weight, torch.Tensor) or weight.dim() != 2 or not isinstance(top_k, int):
+            return False
+        experts, width = weight.shape
+        if experts > MAX_EXPERTS or top_k > MAX_CHOSEN or weight.dtype != self.model.dtype:
+            return False
+        x = self.trial.random(_ROUTED_ROWS, width)
+        own = attempt(lambda: module.forward(x))
+        if not isinstance(own, tuple) or len(own) != 3 or own[2].shape != (_ROUTED_ROWS, top_k):
+            return False
+        # In float32 no two experts are equal, so that both choose the same: the way of choosing shows there.
+        exact = _in_float32(module, lambda: module.forward(x.float()))
+        if exact is None:
+            return False
+        bias, correction = getattr(module, "bias", None), getattr(module, "e_score_correction_bias", None)
+        groups = getattr(module, "num_group", None) or 1
+        kept = getattr(module, "topk_group", None) or groups
+        factor = float(getattr(module, "routed_scaling_factor", 1.0))
+        logits = torch.nn.functional.linear(x.float(), weight.float(), None if bias is None else bias.float())
+        candidates = [
+            Choice(top_k, sigmoid, normalised, torch.float32, correction if sigmoid else None, count, best, factor)
+            for count, best in {(1, 1), (groups, kept)}
+            for sigmoid, normalised in itertools.product((False, True), repeat=2)
+        ]
+
+        def dense(weights: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+            """By expert: the order of the chosen is free. Being chosen counts as well as the weight."""
+            empty = torch.zeros(_ROUTED_ROWS, experts, dtype=torch.float32, device=weights.device)
+            return torch.cat([empty.scatter(1, ids, weights.float()), empty.scatter(1, ids, 1.0)], 1)
+
+        choice = self._best(dense(*exact[1:]), candidates, lambda c: dense(*route(logits, c)))
+        if choice is None:
+            return False
+        choice = choice._replace(dtype=own[1].dtype)
+        router = Router(weight.detach(), bias, choice, wide=error(own[0], logits) <= TOLERANCE[torch.float32])
+        module.forward = router
+        return True
+
+    def _attention(self, module: Any) -> bool:
+        parts = tuple(getattr(module, name, None) for name in ("q_proj", "k_proj", "v_proj"))
+        inner = self.joined.get(parts)  # type: ignore[arg-type]
+        outer = self.joined.get((getattr(module, "o_proj", None),))  # type: ignore[arg-type]
+        width = getattr(module, "head_dim", None)
+        if inner is None or outer is None or not isinstance(width, int):
+            return False
+        query, shared = inner.sizes[0] // width, inner.sizes[1] // width
+        if inner.sizes != [query * width, shared * width, shared * width]:
+            return False
+        hidden = parts[0].in_features  # type: ignore[union-attr]
+        x, arguments = self.trial.hidden(hidden), self.trial.arguments(hidden)
+        angles = arguments["position_embeddings"]
+        if not isinstance(angles, tuple) or len(angles) != 2 or angles[0].dtype != self.model.dtype:
+            return False
+        with self.trial.recorded() as calls:
+            own = attempt(lambda: module.forward(x, **arguments))
+            if own is None or len(calls) != 1:
+                return False
+            layer, _, _, _, *settings = calls[0]
+            expected = [own[0], *calls[0][1:4]]
+            norms = [self.norms.get(getattr(module, name, None)) for name in ("q_norm", "k_norm")]
+            best, best_error = None, self.tolerance
+            for rotated in {angles[0].shape[-1], 2 * angles[0].shape[-1]}:
+                if rotated > width or rotated % 2:
+                    continue
+                candidate = _Attention(
+                    self.model, layer, settings, inner, outer, (query, shared, width, rotated), norms
+                )
+                result = candidate(x, angles)
+                found = errors(expected, [result[0], *calls[-1][1:4]])
+                if found <= best_error:
+                    best, best_error = candidate, found
+        if best is None:
+            return False
+        module.forward = best
+        return True
+
+
+class _Attention:
+    """The forward of an attention module whose heads are as ``Heads`` says, ``norms`` per head or over all of them."""
+
+    def __init__(
+        self,
+        model: MoEModel,
+        layer: int,
+        settings: Sequence[Any],
+        inner: Linear,
+        outer: Linear,
+        sizes: tuple[int, int, int, int],
+        norms: Sequence[Norm | None],
+    ) -> None:
+        self.model, self.layer, self.settings, self.inner, self.outer = model, layer, settings, inner, outer
+        self.heads = Heads(*sizes)
+        self.wide_norms: list[tuple[slice, Norm]] = []
+        query, key = norms
+        if query is not None and key is not None:
+            if len(query.weight) == self.heads.width and len(key.weight) == self.heads.width:
+                self.heads = Heads(*sizes, query.weight, key.weight, query.epsilon, query.round_before_scale)
+            else:
+                first, second = inner.sizes[0], inner.sizes[0] + inner.sizes[1]
+                self.wide_norms = [(slice(first), query), (slice(first, second), key)]
+
+    def __call__(
+        self, hidden_states: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor], **_: Any
+    ) -> tuple[torch.Tensor, None]:
+        joint = self.inner(hidden_states)[0]
+        for columns, norm in self.wide_norms:
+            rms_norm(joint[:, columns], norm.weight, norm.epsilon, norm.round_before_scale, inplace=True)
+        cosine, sine = (part[0] for part in position_embeddings)
+        attention = self.model.attention
+        if isinstance(attention, TritonPagedAttention):
+            keys, values = attention.keys[self.layer], attention.values[self.layer]
+            query = split_and_rotate(joint, cosine, sine, self.heads, keys, values, attention.targets)
+            output = attention.attend(self.layer, query, *self.settings)
+        else:
+            parts = split_and_keep(joint, cosine, sine, self.heads)
+            query, key, value = (part.transpose(0, 1)[None] for part in parts)
+            output = attention.forward(self.layer, query, key, value, *self.settings)
+        return self.outer(output.reshape(1, len(joint), -1)), None
+
+
+def _in_float32(module: Any, call: Callable[[], Any]) -> Any:
+    """What ``call`` gives while the module's own parameters are float32."""
+    own = dict(module.named_parameters(recurse=False))
+    try:
+        for name, parameter in own.items():
+            setattr(module, name, torch.nn.Parameter(parameter.float(), requires_grad=False))
+        return attempt(call)
+    finally:
+        for name, parameter in own.items():
+            setattr(module, name, parameter)

@@ -1,0 +1,202 @@
+"""Linear layers on GPUs: projections of the same input as one product, and products of few rows by a kernel of our own.
+
+A product of few rows reads each weight once and does next to nothing with it, so what counts is that enough reads are
+under way on every multiprocessor. Our kernel gives each program a few output columns and pipelines its reads; where
+the columns are too few to occupy the GPU the inner axis is split too, and the last program of a column tile to finish
+sums the parts, in their order.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+# The most rows our kernel takes: one tile of the matrix units. More go through torch's product.
+FEW_ROWS = 16
+
+
+class Tiles(NamedTuple):
+    """How our kernel cuts a product: output columns and inner elements per program, parts of the inner axis."""
+
+    columns: int
+    inner: int
+    splits: int
+    stages: int
+    warps: int
+
+
+def tiles(outputs: int, inner: int) -> Tiles:
+    """Tiles for weights ``[outputs, inner]``: two programs or more for each of about 132 multiprocessors."""
+    columns = 16 if outputs < 16384 else 64
+    splits = 1
+    while outputs // columns * splits < 256 and inner // (2 * splits) >= 256:
+        splits *= 2
+    return Tiles(columns, 256 if columns == 16 else 128, splits, 4, 4)
+
+
+@triton.jit
+def arrived_last(counter_pointer, count):  # type: ignore[no-untyped-def]
+    """Whether this program is the last of ``count`` to come here, so that it sees what the others stored before.
+
+    The counter is zero before and after.
+    """
+    tl.debug_barrier()  # all threads' stores come before the announcement
+    last = tl.atomic_add(counter_pointer, 1, sem="acq_rel") == count - 1
+    if last:
+        tl.atomic_xchg(counter_pointer, 0)
+    tl.debug_barrier()
+    return last
+
+
+@triton.jit
+def _few_rows(  # type: ignore[no-untyped-def]
+    x_pointer, weight_pointer, bias_pointer, output_pointer, parts_pointer, counter_pointer,
+    rows, outputs,
+    WIDTH: tl.constexpr, BIAS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr,
+    SPLITS: tl.constexpr, STEPS: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    tile, split = tl.program_id(0), tl.program_id(1)
+    row = tl.arange(0, ROWS)
+    column = tile * COLUMNS + tl.arange(0, COLUMNS)
+    weights = weight_pointer + column.to(tl.int64)[:, None] * WIDTH
+    total = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for step in tl.range(0, STEPS, num_stages=STAGES):
+        k = (split * STEPS + step) * INNER + tl.arange(0, INNER)
+        weight = tl.load(weights + k[None, :], (column < outputs)[:, None] & (k < WIDTH)[None, :], 0.0)
+        x = tl.load(x_pointer + row[:, None] * WIDTH + k[None, :], (row < rows)[:, None] & (k < WIDTH)[None, :], 0.0)
+        total = tl.dot(x, tl.trans(weight), total, input_precision="ieee")
+    place = row[:, None] * outputs + column[None, :]
+    inside = (row < rows)[:, None] & (column < outputs)[None, :]
+    last = True
+    if SPLITS > 1:
+        tl.store(parts_pointer + split * rows * outputs + place, total, inside)
+        last = arrived_last(counter_pointer + tile, SPLITS)
+    if last:
+        if SPLITS > 1:
+            total = tl.zeros((ROWS, COLUMNS), tl.float32)
+            for part in tl.range(SPLITS):
+                total += tl.load(parts_pointer + part * rows * outputs + place, inside, 0.0, cache_modifier=".cg")
+        if BIAS:
+            total += tl.load(bias_pointer + column, column < outputs, 0.0).to(tl.float32)[None, :]
+        tl.store(output_pointer + place, total.to(output_pointer.dtype.element_ty), inside)
+
+
+class FewRows:
+    """``x [n, in] -> [n, out]`` for ``n <= FEW_ROWS``, ``weight [out, in]``, ``bias [out]`` or None; of one dtype.
+
+    Sums in float32, in an order that does not depend on ``n``; gives ``dtype``, by default that of ``x``. One stream
+    at a time may use it.
+    """
+
+    def __init__(
+        self,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        dtype: torch.dtype | None = None,
+        cut: Tiles | None = None,
+    ) -> None:
+        self.weight, self.bias, self.dtype = weight, bias, dtype
+        self.cut = cut or tiles(*weight.shape)
+        self._grid = (triton.cdiv(len(weight), self.cut.columns), self.cut.splits)
+        self._counters = torch.zeros(self._grid[0], dtype=torch.int32, device=weight.device)
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        (rows, inner), outputs, cut = x.shape, len(self.weight), self.cut
+        output = torch.empty(rows, outputs, dtype=self.dtype or x.dtype, device=x.device)
+        parts = output
+        if cut.splits > 1:
+            parts = torch.empty(cut.splits, rows, outputs, dtype=torch.float32, device=x.device)
+        _few_rows[self._grid](
+            x, self.weight, self.weight if self.bias is None else self.bias, output, parts, self._counters,
+            rows, outputs,
+            WIDTH=inner, BIAS=self.bias is not None, ROWS=FEW_ROWS, COLUMNS=cut.columns, INNER=cut.inner,
+            SPLITS=cut.splits, STEPS=triton.cdiv(inner, cut.splits * cut.inner), STAGES=cut.stages,
+            num_warps=cut.warps,
+        )  # fmt: skip
+        return output
+
+
+class Linear:
+    """``x [..., in] -> [..., out]``, where the weights ``[out_i, in]`` of ``layers`` stand one below the other.
+
+    The layers' own weights and biases become views of the joined ones, so that memory holds them once.
+    """
+
+    def __init__(self, layers: Sequence[torch.nn.Linear]) -> None:
+        self.sizes = [layer.out_features for layer in layers]
+        self.weight, self.bias = layers[0].weight.detach(), _bias(layers)
+        if len(layers) > 1:
+            self.weight = torch.cat([layer.weight.detach() for layer in layers])
+            parts = self.weight.split(self.sizes)
+            biases = [None] * len(layers) if self.bias is None else self.bias.split(self.sizes)
+            for layer, weight, bias in zip(layers, parts, biases, strict=True):
+                layer.weight = torch.nn.Parameter(weight, requires_grad=False)
+                if layer.bias is not None:
+                    layer.bias = torch.nn.Parameter(bias, requires_grad=False)
+        # float32 stays with torch, whose product is exact as long as TF32 is off (the default).
+        self._few = FewRows(self.weight, self.bias) if self.weight.dtype != torch.float32 else None
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        rows = x.reshape(-1, x.shape[-1])
+        if self._few is not None and 0 < len(rows) <= FEW_ROWS:
+            output = self._few(rows)
+        else:
+            output = torch.nn.functional.linear(rows, self.weight, self.bias)
+        return output.view(*x.shape[:-1], len(self.weight))
+
+
+def _bias(layers: Sequence[torch.nn.Linear]) -> torch.Tensor | None:
+    if all(layer.bias is None for layer in layers):
+        return None
+    parts = [layer.weight.new_zeros(layer.out_features) if layer.bias is None else layer.bias for layer in layers]
+    return torch.cat([part.detach() for part in parts]) if len(layers) > 1 else parts[0].detach()
+
+
+def join(groups: Iterable[Sequence[torch.nn.Linear]]) -> dict[tuple[torch.nn.Linear, ...], Linear]:
+    """Let the linear layers of each group compute as one; gives what computes for each group.
+
+    The layers of a group are called in this order and with the same tensor. Layers that share a weight with another,
+    or differ in dtype, are each a group of its own.
+    """
+    groups = [list(group) for group in groups]
+    uses = Counter(id(layer.weight) for group in groups for layer in group)
+    joined = {}
+    for group in groups:
+        alone = any(uses[id(layer.weight)] > 1 for layer in group) or len({layer.weight.dtype for layer in group}) > 1
+        for layers in [[layer] for layer in group] if alone else [group]:
+            linear = Linear(layers)
+            turns = _Turns(linear)
+            for position, layer in enumerate(layers):
+                setattr(layer, "forward", turns.of(position))  # noqa: B010
+            joined[tuple(layers)] = linear
+    return joined
+
+
+class _Turns:
+    """The first member called with a tensor computes for all; the others find their part."""
+
+    def __init__(self, linear: Linear) -> None:
+        self._linear = linear
+        self._input: torch.Tensor | None = None
+        self._outputs: tuple[torch.Tensor, ...] = ()
+
+    def of(self, position: int) -> Callable[[torch.Tensor], torch.Tensor]:
+        sizes = self._linear.sizes
+        if len(sizes) == 1:
+            return self._linear
+        last = position == len(sizes) - 1
+
+        def forward(x: torch.Tensor) -> torch.Tensor:
+            if x is not self._input:
+                self._input, self._outputs = x, self._linear(x).split(sizes, -1)
+            output = self._outputs[position]
+            if last:
+                self._input, self._outputs = None, ()
+            return output
+
+        return forward
