@@ -17,6 +17,7 @@ from actors.engine.cuda import gemm, route
 from actors.engine.cuda.peers import CudaPeers
 from actors.engine.cuda.window import Layout, Window
 from actors.engine.experts.exchange import Exchange, PeerLost, SoloExchange
+from actors.engine.experts.layer import ExpertsBroken
 from actors.engine.experts.routing import Routing
 from actors.engine.experts.slots import StackedSlots
 
@@ -59,7 +60,9 @@ class CudaExperts:
         self.max_ranks = max_ranks
         count = len(self.layers)
         self.window = window or Window.allocate(Layout(max_ranks, max_rows, top_k, hidden, dtype), device)
-        self.processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+        # The interpreter runs one program after the other, and those of a kernel that waits must run together.
+        cuda = device.type == "cuda"
+        self.processors = torch.cuda.get_device_properties(device).multi_processor_count if cuda else 1
         num_slots = len(self.layers[0].module.down_proj) if self.layers else 0
         # A rank by itself may send all of a token's pairs to one slot (Routing.alone), a group only one of them.
         self._capacity = max_rows * max(max_ranks, top_k)
@@ -71,6 +74,8 @@ class CudaExperts:
         self.own_rows, self._turn, self._arrived = integers(1), integers(1), integers(1)
         self._members, self._windows = integers(2), integers(max_ranks, dtype=torch.int64)
         self._pad = integers(1, dtype=torch.int64)
+        self._group = self._members, self._windows, self._pad, self._turn
+        self._sizes = {"TOP_K": top_k, "HIDDEN": hidden, "EXPERTS": num_experts, "MAX_RANKS": max_ranks}
         self._local, self._table = integers(count), integers(count, max_ranks, num_experts + 1)
         self._count, self._index = integers(num_slots), integers(num_slots, self._capacity)
         self.chosen, self._computed = integers(count, num_experts, dtype=torch.int64), integers(1, dtype=torch.int64)
@@ -95,6 +100,15 @@ class CudaExperts:
     @computed.setter
     def computed(self, value: int) -> None:
         self._computed.fill_(value)
+
+    def suits(self, exchange: Exchange) -> bool:
+        """Whether rows can travel by ``exchange`` from here."""
+        return isinstance(exchange, SoloExchange | CudaPeers)
+
+    def reset_counts(self) -> None:
+        """Forget what was chosen and computed so far."""
+        self.chosen.zero_()
+        self._computed.zero_()
 
     def adopt(self, routing: Routing, exchange: Exchange) -> None:
         """Use another map, or another epoch's exchange, from the next step on; in the stream's order, a few copies.
@@ -126,7 +140,9 @@ class CudaExperts:
         self._members.copy_(torch.tensor([routing.num_ranks, routing.rank_index], dtype=torch.int32))
         self._local.copy_(torch.tensor(routing.local, dtype=torch.int32))
         self._table[:, : routing.num_ranks].copy_(torch.from_numpy(routing.table))
-        self._void.zero_()
+        # What a step that failed has left behind.
+        for left in (self._void, self._count, self._arrived):
+            left.zero_()
 
     def begin(self, tokens_per_rank: Sequence[int]) -> None:
         """Start a step in which rank index ``i`` has ``tokens_per_rank[i]`` tokens, rows of padding not counted.
@@ -149,7 +165,7 @@ class CudaExperts:
         """Routed experts of ``layer``: ``hidden [T, H]``, ``ids [T, k]``, ``weights [T, k]`` to ``[T, H]``.
 
         Does not wait for the device. Rows of padding come back as zeros. Raises ValueError (called out of turn or with
-        fewer rows than announced; the step can still be finished).
+        fewer rows than announced; the step can still be finished), ExpertsBroken (this rank is lost).
         """
         own = self._tokens[self.rank_index]
         if layer != self._next or not own <= len(hidden) <= self.max_rows:
@@ -161,7 +177,7 @@ class CudaExperts:
         return output
 
     def finish(self) -> None:
-        """Run the layers of this step that have not run, contributing no rows."""
+        """Run the layers of this step that have not run, contributing no rows. Raises ExpertsBroken."""
         self.own_rows.zero_()
         ids = self._nobody.new_full((1, self.top_k), -1, dtype=torch.int32)
         for layer in range(self._next, len(self.layers)):
@@ -174,26 +190,32 @@ class CudaExperts:
             raise PeerLost("the host broke off while the experts waited for a peer's rows: the step is void")
 
     def _run(self, layer: int, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        layout, rows = self.window.layout, len(hidden)
-        most = rows if self.routing.local[layer] else max(rows, *self._tokens)
-        group = self._members, self._windows, self._pad, self._turn
-        sizes = {"TOP_K": self.top_k, "HIDDEN": self.hidden, "EXPERTS": self.num_experts, "MAX_RANKS": self.max_ranks}
-        route.dispatch[(min(self.processors, max(1, most)),)](
-            hidden, ids, self.window.received, self.own_rows, self.chosen, self._table, self._local, *group, self._arrived, self._count,
-            self._index, self._void, layer, self._num_slots, self._capacity, self.max_rows,
-            layout.ids, layout.counts,
-            **sizes, BLOCK=_PAIRS, WIDTH=triton.next_power_of_2(self.hidden),
-        )  # fmt: skip
-        self._multiply(layer, hidden)
-        output = torch.empty_like(hidden)
-        width = min(_COLUMNS, triton.next_power_of_2(self.hidden))
-        items = rows * triton.cdiv(self.hidden, width)
-        route.combine[(min(4 * self.processors, max(1, items)),)](
-            ids, weights, self.window.results, output, self.own_rows, self._table, self._local, *group,
-            self._arrived, self._count, self._void, layer, rows, self._num_slots,
-            **sizes, SLOTS=triton.next_power_of_2(max(1, self._num_slots)), WIDTH=width,
-        )  # fmt: skip
+        try:
+            output = torch.empty_like(hidden)
+            self._dispatch(layer, hidden, ids)
+            self._multiply(layer, hidden)
+            self._combine(layer, ids, weights, output)
+        except Exception as error:
+            raise ExpertsBroken(f"rank index {self.rank_index} failed in the experts of MoE layer {layer}") from error
         return output
+
+    def _dispatch(self, layer: int, hidden: torch.Tensor, ids: torch.Tensor) -> None:
+        rows = len(hidden) if self.routing.local[layer] else max(len(hidden), *self._tokens)
+        route.dispatch[(min(self.processors, max(1, rows)),)](
+            hidden, ids, self.window.received, self.own_rows, self.chosen, self._table, self._local, *self._group,
+            self._arrived, self._count, self._index, self._void,
+            layer, self._num_slots, self._capacity, self.max_rows, self.window.layout.ids, self.window.layout.counts,
+            **self._sizes, BLOCK=_PAIRS, WIDTH=triton.next_power_of_2(self.hidden),
+        )  # fmt: skip
+
+    def _combine(self, layer: int, ids: torch.Tensor, weights: torch.Tensor, output: torch.Tensor) -> None:
+        width = min(_COLUMNS, triton.next_power_of_2(self.hidden))
+        items = len(output) * triton.cdiv(self.hidden, width)
+        route.combine[(min(4 * self.processors, max(1, items)),)](
+            ids, weights, self.window.results, output, self.own_rows, self._table, self._local, *self._group,
+            self._arrived, self._count, self._void, layer, len(output), self._num_slots,
+            **self._sizes, SLOTS=triton.next_power_of_2(max(1, self._num_slots)), WIDTH=width,
+        )  # fmt: skip
 
     def _multiply(self, layer: int, hidden: torch.Tensor) -> None:
         """Both products, for all pairs that stand here."""

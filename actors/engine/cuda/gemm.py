@@ -6,6 +6,8 @@ tiles before the next columns, so that those who read the same weights do it at 
 in ``inner``, the slots' pairs follow each other.
 """
 
+# mypy: allow-untyped-defs
+
 from __future__ import annotations
 
 from typing import NamedTuple
@@ -13,7 +15,6 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
-
 
 # Kinds of gate, see ``expand``.
 SILU, CLAMPED = 1, 2
@@ -31,7 +32,7 @@ class Shape(NamedTuple):
 
 
 @triton.jit
-def _tiles(count, num_slots, BM: tl.constexpr, SLOTS: tl.constexpr):  # type: ignore[no-untyped-def]
+def _tiles(count, num_slots, BM: tl.constexpr, SLOTS: tl.constexpr):
     """By slot, ``[SLOTS]``: how many pairs, those of the slots before, and likewise the tiles up to its last."""
     slot = tl.arange(0, SLOTS)
     pairs = tl.load(count + slot, mask=slot < num_slots, other=0)
@@ -39,7 +40,7 @@ def _tiles(count, num_slots, BM: tl.constexpr, SLOTS: tl.constexpr):  # type: ig
 
 
 @triton.jit
-def _find(work, columns, slot, pairs, before, ends, BM: tl.constexpr):  # type: ignore[no-untyped-def]
+def _find(work, columns, slot, pairs, before, ends, BM: tl.constexpr):
     """Of a piece of work: the slot, the block of columns, its first pair, how many are left, its place in ``inner``."""
     number = tl.sum((ends <= work // columns).to(tl.int32), 0)
     mine = slot == number
@@ -52,11 +53,19 @@ def _find(work, columns, slot, pairs, before, ends, BM: tl.constexpr):  # type: 
 
 
 @triton.jit
-def _pointers(weight, column, k, N: tl.constexpr, K: tl.constexpr, TRANSPOSED: tl.constexpr):  # type: ignore[no-untyped-def]
-    """A slot's weights ``[N, K]``, or ``[K, N]`` if transposed, as ``[k, column]``."""
-    if TRANSPOSED:
-        return weight + k[:, None] * N + column[None, :]
-    return weight + column[None, :] * K + k[:, None]
+def _rows(starts, real, k, K: tl.constexpr, EVEN: tl.constexpr):
+    """``[rows, k]`` of the rows that begin at ``starts``; zeros where they are not ``real``."""
+    mask = real[:, None] if EVEN else real[:, None] & (k < K)[None, :]
+    return tl.load(starts[:, None] + k[None, :], mask=mask, other=0)
+
+
+@triton.jit
+def _weights(weight, column, inside, k, N: tl.constexpr, K: tl.constexpr, TRANSPOSED: tl.constexpr, EVEN: tl.constexpr):
+    """``[k, column]`` of a slot's weights, which are ``[N, K]``, or ``[K, N]`` if transposed."""
+    pointers = weight + (k[:, None] * N + column[None, :] if TRANSPOSED else column[None, :] * K + k[:, None])
+    if EVEN:
+        return tl.load(pointers)
+    return tl.load(pointers, mask=inside[None, :] & (k < K)[:, None], other=0)
 
 
 @triton.jit
@@ -66,13 +75,14 @@ def expand(
     N: tl.constexpr, K: tl.constexpr, TOP_K: tl.constexpr, SLOTS: tl.constexpr, GATE: tl.constexpr,
     TRANSPOSED: tl.constexpr, BIASED: tl.constexpr, PRECISION: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-):  # fmt: skip  # type: ignore[no-untyped-def]
+):  # fmt: skip
     """The product of the pairs' rows with their slots' first weights ``[slots, N, K]`` into ``inner``.
 
     Rows are this rank's ``hidden [rows, K]`` or stand in ``received [max_ranks, max_rows, K]``.
     ``GATE`` says what becomes of the columns: 0: ``inner`` is ``[pairs, N]``; 1: the first half is a gate, ``inner
     [pairs, N / 2]`` gets its SiLU times the second half; 2: even columns are the gate, odd ones the other half, and
-    both are clamped to ``limit``, as GPT-OSS has it. Also begins the turn in which results are exchanged, and adds to ``computed``.
+    both are clamped to ``limit``, as GPT-OSS has it. Also begins the turn in which results are exchanged, and adds to
+    ``computed``.
     """
     slot, pairs, before, ends = _tiles(count, num_slots, BM, SLOTS)
     if tl.program_id(0) == 0:
@@ -80,13 +90,13 @@ def expand(
         tl.store(turn, tl.load(turn) + 1 - tl.load(local + layer))
     me = tl.load(members + 1)
     WIDTH: tl.constexpr = N // 2 if GATE > 0 else N
-    STEP: tl.constexpr = 2 if GATE == 2 else 1
-    OTHER: tl.constexpr = 1 if GATE == 2 else WIDTH
+    EVEN: tl.constexpr = (K % BK == 0) & (WIDTH % BN == 0)
     columns: tl.constexpr = (WIDTH + BN - 1) // BN
     for work in range(tl.program_id(0), tl.max(ends, 0) * columns, tl.num_programs(0)):
         number, block, pair, left, place = _find(work, columns, slot, pairs, before, ends, BM)
         row = tl.arange(0, BM)
-        code = tl.load(index + number.to(tl.int64) * capacity + pair + row, mask=row < left, other=0)
+        real = row < left
+        code = tl.load(index + number.to(tl.int64) * capacity + pair + row, mask=real, other=0)
         source = code // (max_rows * TOP_K)
         token = (code // TOP_K).to(tl.int64)
         own = hidden + (token - source.to(tl.int64) * max_rows) * K
@@ -94,45 +104,31 @@ def expand(
         k = tl.arange(0, BK)
         column = block * BN + tl.arange(0, BN)
         inside = column < WIDTH
+        first, second = column, WIDTH + column
+        if GATE == 2:
+            first, second = 2 * column, 2 * column + 1
         weights = weight + number.to(tl.int64) * (N * K)
         total = tl.zeros([BM, BN], tl.float32)
         gated = tl.zeros([BM, BN], tl.float32)
         for at in range(0, K, BK):
-            if K % BK == 0:
-                a = tl.load(start[:, None] + (at + k)[None, :], mask=(row < left)[:, None], other=0)
-                if WIDTH % BN == 0:
-                    b = tl.load(_pointers(weights, STEP * column, at + k, N, K, TRANSPOSED))
-                else:
-                    b = tl.load(
-                        _pointers(weights, STEP * column, at + k, N, K, TRANSPOSED), mask=inside[None, :], other=0
-                    )
-            else:
-                deep = at + k < K
-                a = tl.load(start[:, None] + (at + k)[None, :], mask=(row < left)[:, None] & deep[None, :], other=0)
-                mask = inside[None, :] & deep[:, None]
-                b = tl.load(_pointers(weights, STEP * column, at + k, N, K, TRANSPOSED), mask=mask, other=0)
+            a = _rows(start, real, at + k, K, K % BK == 0)
+            b = _weights(weights, first, inside, at + k, N, K, TRANSPOSED, EVEN)
             total = tl.dot(a, b, total, input_precision=PRECISION)
             if GATE > 0:
-                if (K % BK == 0) & (WIDTH % BN == 0):
-                    c = tl.load(_pointers(weights, OTHER + STEP * column, at + k, N, K, TRANSPOSED))
-                else:
-                    mask = inside[None, :] & (at + k < K)[:, None]
-                    c = tl.load(_pointers(weights, OTHER + STEP * column, at + k, N, K, TRANSPOSED), mask=mask, other=0)
+                c = _weights(weights, second, inside, at + k, N, K, TRANSPOSED, EVEN)
                 gated = tl.dot(a, c, gated, input_precision=PRECISION)
         if BIASED:
-            total += tl.load(bias + number * N + STEP * column, mask=inside, other=0).to(tl.float32)[None, :]
+            total += tl.load(bias + number * N + first, mask=inside, other=0).to(tl.float32)[None, :]
             if GATE > 0:
-                gated += tl.load(bias + number * N + OTHER + STEP * column, mask=inside, other=0).to(tl.float32)[
-                    None, :
-                ]
+                gated += tl.load(bias + number * N + second, mask=inside, other=0).to(tl.float32)[None, :]
         if GATE == 1:
             total = total / (1 + tl.exp(-total)) * gated
         if GATE == 2:
             total = tl.minimum(total, limit)
             gated = tl.minimum(tl.maximum(gated, -limit), limit)
             total = total / (1 + tl.exp(-alpha * total)) * (gated + 1)
-        there = inner + (place + row).to(tl.int64)[:, None] * OTHER + STEP * column[None, :]
-        tl.store(there, total.to(inner.dtype.element_ty), mask=(row < left)[:, None] & inside[None, :])
+        there = inner + (place + row).to(tl.int64)[:, None] * WIDTH + column[None, :]
+        tl.store(there, total.to(inner.dtype.element_ty), mask=real[:, None] & inside[None, :])
 
 
 @triton.jit
@@ -142,16 +138,18 @@ def contract(
     N: tl.constexpr, K: tl.constexpr, TOP_K: tl.constexpr, SLOTS: tl.constexpr,
     TRANSPOSED: tl.constexpr, BIASED: tl.constexpr, PRECISION: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-):  # fmt: skip  # type: ignore[no-untyped-def]
+):  # fmt: skip
     """The product of ``inner [pairs, K]`` with the slots' second weights ``[slots, N, K]``; each pair's row goes
     to its place among the ``results`` of the rank where its token is at home."""
     here = tl.load(windows + tl.load(members + 1))
     slot, pairs, before, ends = _tiles(count, num_slots, BM, SLOTS)
+    EVEN: tl.constexpr = (K % BK == 0) & (N % BN == 0)
     columns: tl.constexpr = (N + BN - 1) // BN
     for work in range(tl.program_id(0), tl.max(ends, 0) * columns, tl.num_programs(0)):
         number, block, pair, left, place = _find(work, columns, slot, pairs, before, ends, BM)
         row = tl.arange(0, BM)
-        code = tl.load(index + number.to(tl.int64) * capacity + pair + row, mask=row < left, other=0)
+        real = row < left
+        code = tl.load(index + number.to(tl.int64) * capacity + pair + row, mask=real, other=0)
         source = code // (max_rows * TOP_K)
         k = tl.arange(0, BK)
         column = block * BN + tl.arange(0, BN)
@@ -160,29 +158,20 @@ def contract(
         weights = weight + number.to(tl.int64) * (N * K)
         total = tl.zeros([BM, BN], tl.float32)
         for at in range(0, K, BK):
-            if K % BK == 0:
-                a = tl.load(start[:, None] + (at + k)[None, :], mask=(row < left)[:, None], other=0)
-                if N % BN == 0:
-                    b = tl.load(_pointers(weights, column, at + k, N, K, TRANSPOSED))
-                else:
-                    b = tl.load(_pointers(weights, column, at + k, N, K, TRANSPOSED), mask=inside[None, :], other=0)
-            else:
-                deep = at + k < K
-                a = tl.load(start[:, None] + (at + k)[None, :], mask=(row < left)[:, None] & deep[None, :], other=0)
-                mask = inside[None, :] & deep[:, None]
-                b = tl.load(_pointers(weights, column, at + k, N, K, TRANSPOSED), mask=mask, other=0)
+            a = _rows(start, real, at + k, K, K % BK == 0)
+            b = _weights(weights, column, inside, at + k, N, K, TRANSPOSED, EVEN)
             total = tl.dot(a, b, total, input_precision=PRECISION)
         if BIASED:
             total += tl.load(bias + number * N + column, mask=inside, other=0).to(tl.float32)[None, :]
         # Offsets from the own window, not addresses: only these keep the compiler's word that stores may be wide.
-        offset = (tl.load(windows + source, mask=row < left, other=0) - here) // (
+        offset = (tl.load(windows + source, mask=real, other=0) - here) // (
             weight.dtype.element_ty.primitive_bitwidth // 8
         )
         home = results + tl.multiple_of(offset, 16) + (code - source * (max_rows * TOP_K)).to(tl.int64) * N
         tl.store(
             home[:, None] + column[None, :],
             total.to(weight.dtype.element_ty),
-            mask=(row < left)[:, None] & inside[None, :],
+            mask=real[:, None] & inside[None, :],
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import socket
 import threading
 import time
 import uuid
@@ -14,7 +15,8 @@ import torch
 import torch.distributed as dist
 
 from actors.engine.cuda.window import Window
-from actors.engine.experts.exchange import Exchange, PeerLost
+from actors.engine.experts.exchange import PeerLost
+from actors.engine.experts.mesh import MeshExchange
 
 # How often a member that has not told yet is looked for, seconds.
 POLL_S = 0.005
@@ -48,7 +50,7 @@ class PeerWindows:
 
     def connect(
         self,
-        mesh: Exchange,
+        mesh: MeshExchange,
         store: dist.Store,
         epoch: int,
         timeout_s: float,
@@ -69,7 +71,7 @@ class PeerWindows:
             self._used.pop(peers, None)
 
     def _connect(
-        self, mesh: Exchange, store: dist.Store, epoch: int, deadline: float, abandoned: threading.Event
+        self, mesh: MeshExchange, store: dist.Store, epoch: int, deadline: float, abandoned: threading.Event
     ) -> CudaPeers:
         def told(what: str, peer: int) -> bytes:
             key = f"{what}{peer}"
@@ -89,16 +91,16 @@ class PeerWindows:
         except OSError as error:
             refusal = f"rank index {index} can't share its memory: {error}"
         own = _Card(self._owner, _machine(), repr(self.window.layout), handle)
-        store.set(f"window{index}", msgspec.msgpack.encode(own))
+        store.set(f"window{index}", msgspec.json.encode(own).decode())
         owners, addresses = set(), []
         for peer in range(mesh.size):
-            card = msgspec.msgpack.decode(told("window", peer), type=_Card)
+            card = msgspec.json.decode(told("window", peer), type=_Card)
             owners.add(card.owner)
             try:
                 addresses.append(self.window.address if peer == index else self._opened(own, card))
             except OSError as error:
                 refusal = refusal or f"rank index {index} can't reach the memory of rank index {peer}: {error}"
-        store.set(f"reach{index}", refusal.encode())
+        store.set(f"reach{index}", refusal)
         if refusals := [answer.decode() for peer in range(mesh.size) if (answer := told("reach", peer))]:
             raise NoPeerAccess("; ".join(refusals))
         peers = CudaPeers(self, mesh, addresses, epoch)
@@ -129,7 +131,7 @@ class CudaPeers:
     stand, ``turn`` how many exchanges there have been in it (kept by ``CudaExperts`` while it is not in use).
     """
 
-    def __init__(self, windows: PeerWindows, mesh: Exchange, addresses: Sequence[int], epoch: int) -> None:
+    def __init__(self, windows: PeerWindows, mesh: MeshExchange, addresses: Sequence[int], epoch: int) -> None:
         self.rank_index, self.size = mesh.rank_index, mesh.size
         self.addresses = list(addresses)
         self.pad = windows.window.layout.pad(epoch)
@@ -178,8 +180,21 @@ class CudaPeers:
             waited = time.monotonic() - started
             if waited > 2 * timeout_s:
                 raise PeerLost(f"a step of rank index {self.rank_index} did not end within {waited:.1f} s")
-            if not self._broken and (waited > timeout_s or self._mesh.lost()):
+            if not self._broken and (waited > timeout_s or _lost(self._mesh)):
                 self.break_off()
+
+
+def _lost(mesh: MeshExchange) -> bool:
+    """Whether the connection to some member is broken."""
+    for peer in mesh._peers.values():
+        try:
+            if not peer.recv(1, socket.MSG_PEEK):
+                return True
+        except BlockingIOError:
+            continue
+        except OSError:
+            return True
+    return False
 
 
 def _machine() -> str:

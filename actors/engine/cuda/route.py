@@ -12,6 +12,8 @@ A *pair* is a row and one of its experts: ``(source * max_rows + row) * top_k + 
 stand in each slot of this rank, ``index [slots, capacity]`` which. ``combine`` leaves the counts at zero.
 """
 
+# mypy: allow-untyped-defs
+
 from __future__ import annotations
 
 import triton
@@ -19,14 +21,14 @@ import triton.language as tl
 
 
 @triton.jit
-def _flag(windows, rank, pad, kind, source, MAX_RANKS: tl.constexpr):  # type: ignore[no-untyped-def]
+def _flag(windows, rank, pad, kind, source, MAX_RANKS: tl.constexpr):
     """In the window of ``rank``: what ``source`` raises there; ``kind`` 0: rows have come, 1: results have."""
     address = tl.load(windows + rank) + tl.load(pad) + (kind * MAX_RANKS + source) * 4
     return address.to(tl.pointer_type(tl.int32), bitcast=True)
 
 
 @triton.jit
-def _raise(windows, pad, kind, members, turn, MAX_RANKS: tl.constexpr):  # type: ignore[no-untyped-def]
+def _raise(windows, pad, kind, members, turn, MAX_RANKS: tl.constexpr):
     """Tells all peers that what this program, or one it has heard of, wrote into their windows is complete."""
     size, me = tl.load(members), tl.load(members + 1)
     tl.debug_barrier()
@@ -36,7 +38,7 @@ def _raise(windows, pad, kind, members, turn, MAX_RANKS: tl.constexpr):  # type:
 
 
 @triton.jit
-def _arrived(windows, pad, kind, me, source, turn, void, MAX_RANKS: tl.constexpr):  # type: ignore[no-untyped-def]
+def _arrived(windows, pad, kind, me, source, turn, void, MAX_RANKS: tl.constexpr):
     """Waits until ``source`` has raised its flag: True. Or until the host breaks off: False, and the step is void."""
     flag = _flag(windows, me, pad, kind, source, MAX_RANKS)
     abort = _flag(windows, me, pad, 2, 0, MAX_RANKS)
@@ -56,7 +58,7 @@ def _arrived(windows, pad, kind, me, source, turn, void, MAX_RANKS: tl.constexpr
 def _place(
     ids, chosen, slots, first_slot, num_slots, count, index, capacity, rows, first_pair,
     TOP_K: tl.constexpr, EXPERTS: tl.constexpr, OWN: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip  # type: ignore[no-untyped-def]
+):  # fmt: skip
     """Enters those pairs of one source into ``index`` that stand here. All programs share the work."""
     for start in range(tl.program_id(0) * BLOCK, rows * TOP_K, tl.num_programs(0) * BLOCK):
         pair = start + tl.arange(0, BLOCK)
@@ -76,7 +78,7 @@ def dispatch(
     layer, num_slots, capacity, max_rows, ids_at, counts_at,
     TOP_K: tl.constexpr, HIDDEN: tl.constexpr, EXPERTS: tl.constexpr, MAX_RANKS: tl.constexpr,
     BLOCK: tl.constexpr, WIDTH: tl.constexpr,
-):  # fmt: skip  # type: ignore[no-untyped-def]
+):  # fmt: skip
     """Pushes this rank's rows to all peers and enters all ranks' pairs that stand here into ``index``.
 
     ``hidden [rows, H]``, ``ids [rows, k]``, of which the first ``own_rows`` count. Adds to ``chosen`` (int64
@@ -96,7 +98,7 @@ def dispatch(
             for row in range(tl.program_id(0), rows, tl.num_programs(0)):
                 at = me.to(tl.int64) * max_rows + row
                 experts = tl.load(ids + row * TOP_K + k, mask=k < TOP_K, other=-1).to(tl.int32)
-                values = tl.load(hidden + row.to(tl.int64) * HIDDEN + column, mask=column < HIDDEN)
+                values = tl.load(hidden + tl.cast(row, tl.int64) * HIDDEN + column, mask=column < HIDDEN)
                 for peer in range(size):
                     if peer != me:
                         window = tl.load(windows + peer)
@@ -140,7 +142,7 @@ def combine(
     layer, rows, num_slots,
     TOP_K: tl.constexpr, HIDDEN: tl.constexpr, EXPERTS: tl.constexpr, MAX_RANKS: tl.constexpr, SLOTS: tl.constexpr,
     WIDTH: tl.constexpr,
-):  # fmt: skip  # type: ignore[no-untyped-def]
+):  # fmt: skip
     """``output [rows, H]``: each row's results, weighted and summed in float32 in the order of k; zeros beyond
     ``own_rows`` and for experts that stand nowhere.
 
