@@ -14,6 +14,7 @@ import torch
 
 from actors.engine import library
 from actors.engine.experts.map import EMPTY_SLOT
+from actors.engine.experts.slots import StackedSlots
 from actors.engine.model import MoEModel
 
 Progress = Callable[[int, int], None]
@@ -42,13 +43,18 @@ class Loader(ABC):
 
         ``total`` is what ``load_dense`` and ``load_experts(slots)`` fill together.
         """
-        module, itemsize = self.model.module, self.model.dtype.itemsize
-        dense = sum(module.get_parameter(names[0]).numel() for names in self._tied_parameters())
-        experts = 0
-        for row, shapes in zip(slots, self.model.experts_shapes, strict=True):
-            each = sum(math.prod(shape[1:]) for shape in shapes.values())
-            experts += each * sum(expert != EMPTY_SLOT for expert in row)
-        self._progress, self._done, self._total = progress, 0, (dense + experts) * itemsize
+        module = self.model.module
+        total = 0
+        for names in self._tied_parameters():
+            itemsize = library.dtype_of(module, names[0], self.model.dtype).itemsize
+            total += module.get_parameter(names[0]).numel() * itemsize
+        for row, stacked, shapes in zip(slots, self.model.experts.layers, self.model.experts_shapes, strict=True):
+            if isinstance(stacked, StackedSlots):
+                each = stacked.slot_bytes
+            else:
+                each = sum(math.prod(shape[1:]) for shape in shapes.values()) * self.model.dtype.itemsize
+            total += each * sum(expert != EMPTY_SLOT for expert in row)
+        self._progress, self._done, self._total = progress, 0, total
 
     def load_dense(self) -> None:
         """Load every parameter and buffer outside the experts, and compute the buffers no checkpoint holds."""

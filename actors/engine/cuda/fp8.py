@@ -33,14 +33,16 @@ def _product(total, weight, scale, x, PRECISION: tl.constexpr):
 @triton.jit
 def expand(
     hidden, received, weight, scale, inner, count, index, members, local, turn, computed,
-    layer, num_slots, capacity, max_rows,
-    N: tl.constexpr, K: tl.constexpr, TOP_K: tl.constexpr, SLOTS: tl.constexpr, PRECISION: tl.constexpr,
+    layer, num_slots, capacity, max_rows, limit, alpha,
+    N: tl.constexpr, K: tl.constexpr, TOP_K: tl.constexpr, SLOTS: tl.constexpr, GATE: tl.constexpr,
+    TRANSPOSED: tl.constexpr, BIASED: tl.constexpr, PRECISION: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """``gemm.expand`` with a SiLU gate: ``inner [pairs, N / 2]``, for ``weight [slots, N, K]`` in FP8.
 
-    ``scale`` is float32 ``[slots, N / 128, K / 128]``. ``K`` and ``N / 2`` are multiples of 128, ``BN`` divides 128,
-    and ``BK`` is 128.
+    In the place of a bias stands ``scale``, float32 ``[slots, N / 128, K / 128]``; what of the arguments speaks of
+    other gates, layouts and biases is not looked at (see ``suits``). ``K`` and ``N / 2`` are multiples of 128, ``BN``
+    divides 128, and ``BK`` is 128.
     """
     slot, pairs, before, ends = _tiles(count, num_slots, BM, SLOTS)
     if tl.program_id(0) == 0:
@@ -77,7 +79,8 @@ def expand(
 def contract(
     inner, weight, scale, results, count, index, members, windows,
     num_slots, capacity, max_rows,
-    N: tl.constexpr, K: tl.constexpr, TOP_K: tl.constexpr, SLOTS: tl.constexpr, PRECISION: tl.constexpr,
+    N: tl.constexpr, K: tl.constexpr, TOP_K: tl.constexpr, SLOTS: tl.constexpr,
+    TRANSPOSED: tl.constexpr, BIASED: tl.constexpr, PRECISION: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """``gemm.contract`` for ``weight [slots, N, K]`` in FP8, ``scale`` as in ``expand``; ``N`` and ``K`` likewise."""
@@ -106,8 +109,9 @@ def contract(
         tl.store(home[:, None] + column[None, :], tl.trans(total).to(results.dtype.element_ty), mask=real[:, None])
 
 
-def shape(rows: float) -> Shape:
-    """Tiles for either product where a slot has about this many rows; both need the same."""
+def shape(dtype: torch.dtype, rows: float, product: str) -> Shape:
+    """Tiles for either product where a slot has about this many rows; in float32 always the same, as ``gemm.shape``."""
+    rows = 0 if dtype == torch.float32 else rows
     return next(candidate for limit, candidate in _SHAPES if rows <= limit)
 
 

@@ -9,8 +9,12 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import torch
+
 from actors.engine import library
+from actors.engine.experts.slots import stays_quantized
 from actors.engine.model import MoEModel
+from actors.engine.quantization import Blocks
 
 _GIB = 2**30
 
@@ -74,16 +78,26 @@ class MemoryPlan:
         )
 
 
-def weights_of(model: MoEModel, num_slots: int) -> Weights:
-    """Of a model on the meta device, with ``num_slots`` expert slots in each MoE layer."""
+def weights_of(model: MoEModel, num_slots: int, blocks: Blocks | None = None) -> Weights:
+    """Of a model on the meta device, with ``num_slots`` expert slots in each MoE layer.
+
+    With ``blocks`` experts stay in FP8 where the kernels can compute with them, as ``slots.allocate`` has it.
+    """
     seen: dict[int, int] = {}
     for name, parameter in model.module.named_parameters(remove_duplicate=False):
         if name.rpartition(".")[0] not in model.experts_names:
             seen[id(parameter)] = parameter.numel() * library.dtype_of(model.module, name, model.dtype).itemsize
-    slot = sum(math.prod(shape[1:]) for shapes in model.experts_shapes for shape in shapes.values())
+    slot = 0
+    for name, shapes in zip(model.experts_names, model.experts_shapes, strict=True):
+        stays = blocks is not None and stays_quantized(model.module.get_submodule(name), torch.device("cuda"), blocks)
+        for _, *shape in shapes.values():
+            if blocks is not None and stays:
+                slot += math.prod(shape) + 4 * math.prod(blocks.grid(shape))
+            else:
+                slot += math.prod(shape) * model.dtype.itemsize
     return Weights(
         dense=sum(seen.values()),
-        slot=slot * model.dtype.itemsize,
+        slot=slot,
         slots=num_slots if model.experts_names else 0,
         experts=model.summary.num_experts,
     )

@@ -1,6 +1,7 @@
 """From a checkpoint to the device without a stop: all that is wanted is queued, then streamed in by several readers.
 
-An expert's parts are written where they belong in its slot; nothing is put together on the way.
+An expert's parts are written where they belong in its slot; nothing is put together on the way. Into slots in FP8 they
+go as they are stored, scales beside.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from actors.engine.cuda.upload import Reader, Upload, upload
 from actors.engine.experts.map import EMPTY_SLOT
 from actors.engine.experts.slots import StackedSlots
 from actors.engine.model import MoEModel
-from actors.engine.quantization import dequantize
+from actors.engine.quantization import SCALE, dequantize
 from actors.engine.weights import WeightLoader
 
 
@@ -35,11 +36,9 @@ class StreamingLoader(WeightLoader):
 
     def load_experts(self, slots: Sequence[Sequence[int]]) -> None:
         for layer, row in enumerate(slots):
-            stacked = self.model.experts.layers[layer]
-            assert isinstance(stacked, StackedSlots)
             for slot, expert in enumerate(row):
                 if expert != EMPTY_SLOT:
-                    self._queue += self._uploads(layer, expert, stacked.rows(slot))
+                    self._queue += self._uploads(layer, expert, self._slots(layer).rows(slot))
         self._flush()
         self._finish()
 
@@ -56,20 +55,29 @@ class StreamingLoader(WeightLoader):
         return self._put_off(key, dtype if own.is_floating_point else own)
 
     def _expert(self, layer: int, expert: int) -> Mapping[str, torch.Tensor]:
-        weights = {
-            leaf: torch.empty(shape[1:], dtype=self.model.dtype, device=self.device)
-            for leaf, shape in self.model.experts_shapes[layer].items()
-        }
+        weights = self._slots(layer).room()
         for item in self._uploads(layer, expert, weights):
             self._reader.upload(item)
         return weights
 
+    def _slots(self, layer: int) -> StackedSlots:
+        slots = self.model.experts.layers[layer]
+        assert isinstance(slots, StackedSlots)
+        return slots
+
     def _uploads(self, layer: int, expert: int, targets: Mapping[str, torch.Tensor]) -> list[Upload]:
-        """An expert's parts, each with its share of the rows of ``targets``, which are by stacked parameter."""
+        """An expert's parts, each with its share of the rows of ``targets``, which are by stacked parameter.
+
+        Raises ValueError for numbers where the slots are quantised.
+        """
         items = []
         for leaf, (row, keys) in self._sources(layer, expert).items():
-            for key, target in zip(keys, targets[leaf].chunk(len(keys)), strict=True):
+            for part, key in enumerate(keys):
+                target = targets[leaf].chunk(len(keys))[part]
                 items.append(self._upload(key, row, target))
+                if target.dtype == torch.float8_e4m3fn:
+                    scale = targets[leaf + SCALE].chunk(len(keys))[part]
+                    items.append(self._upload(self._scales[key], row, scale))
         return items
 
     def _put_off(self, key: str, dtype: torch.dtype) -> torch.Tensor:
@@ -80,7 +88,12 @@ class StreamingLoader(WeightLoader):
     def _upload(self, key: str, row: int | None, target: torch.Tensor) -> Upload:
         region = self._region(key, row)
         scales = self._scales.get(key)
-        if scales is None:
+        if target.dtype == torch.float8_e4m3fn and scales is None:
+            raise ValueError(
+                f"{key} is {region.dtype} in a checkpoint whose configuration says it is in fp8: set "
+                "quantization=dequantize, so that all experts are kept in the model's dtype"
+            )
+        if scales is None or target.dtype == torch.float8_e4m3fn:
             return Upload(region, target)
         self._region(scales, row)
 

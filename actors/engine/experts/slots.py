@@ -13,6 +13,7 @@ import torch
 from torch.nn.functional import linear
 
 from actors.engine import cpu
+from actors.engine.quantization import SCALE, Blocks, dequantize, quantize
 
 Group = tuple[int, int, int]
 """Rows ``start .. end - 1`` belong to a slot: ``(start, end, slot)``."""
@@ -32,8 +33,15 @@ class ExpertSlots(Protocol):
         """
 
 
-def allocate(module: torch.nn.Module, num_slots: int, dtype: torch.dtype, device: torch.device) -> ExpertSlots:
-    """Empty slots of the kind that suits the device."""
+def allocate(
+    module: torch.nn.Module, num_slots: int, dtype: torch.dtype, device: torch.device, blocks: Blocks | None = None
+) -> ExpertSlots:
+    """Empty slots of the kind that suits the device.
+
+    With ``blocks``, those of an FP8 checkpoint, weights stay as they are stored, if the device can compute with them.
+    """
+    if blocks is not None and stays_quantized(module, device, blocks):
+        return Fp8Slots(module, num_slots, device, blocks)
     if not cpu.supported(dtype, device):
         return StackedSlots(module, num_slots, device)
     return PanelSlots(module, num_slots) if dtype == torch.float32 else PackedSlots(module, num_slots)
@@ -59,6 +67,15 @@ class StackedSlots:
     def rows(self, slot: int) -> dict[str, torch.Tensor]:
         """Views of a slot, by parameter: writing them fills it."""
         return {leaf: parameter[slot] for leaf, parameter in self.module.named_parameters(recurse=False)}
+
+    def room(self) -> dict[str, torch.Tensor]:
+        """As ``rows``, but new tensors outside the slots, uninitialised."""
+        parameters = self.module.named_parameters(recurse=False)
+        return {leaf: parameter.new_empty(parameter.shape[1:]) for leaf, parameter in parameters}
+
+    @property
+    def slot_bytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.room().values())
 
     def make(self, weights: Mapping[str, torch.Tensor]) -> Made:
         """``weights`` may still be being written by the current stream, which need not be the one ``put`` runs on."""
@@ -87,6 +104,48 @@ class StackedSlots:
         weight = getattr(self.module, name)[slot]
         bias = getattr(self.module, f"{name}_bias")[slot] if self.module.has_bias else None
         return linear(rows, weight.t() if self.module.is_transposed else weight, bias)
+
+
+def stays_quantized(module: torch.nn.Module, device: torch.device, blocks: Blocks) -> bool:
+    """Whether ``device`` can compute an experts module with weights in FP8 and a scale for each of ``blocks``."""
+    if device.type != "cuda":
+        return False
+    from actors.engine.cuda import fp8
+
+    return blocks == (fp8.BLOCK, fp8.BLOCK) and fp8.suits(module)
+
+
+class Fp8Slots(StackedSlots):
+    """Stacked slots in FP8: beside each weight parameter ``[slots, rows, columns]`` a float32 one with its scales.
+
+    Sizes are whole blocks, so that the scales of a weight's halves follow each other as the halves do. ``compute`` is
+    for steps whose rows the host routes; it dequantises every slot that it uses.
+    """
+
+    def __init__(self, module: Any, num_slots: int, device: torch.device, blocks: Blocks) -> None:
+        super().__init__(module, 0, device)
+        self.blocks = blocks
+        for leaf, parameter in list(module.named_parameters(recurse=False)):
+            shape = num_slots, *parameter.shape[1:]
+            for name, size, dtype in (
+                (leaf, shape, torch.float8_e4m3fn),
+                (leaf + SCALE, blocks.grid(shape), torch.float32),
+            ):
+                setattr(module, name, torch.nn.Parameter(torch.empty(size, dtype=dtype, device=device), False))
+
+    def make(self, weights: Mapping[str, torch.Tensor]) -> Made:
+        """``weights`` as they are stored, with their scales; or numbers, which are quantised here."""
+        stored: dict[str, torch.Tensor] = {}
+        for leaf, tensor in weights.items():
+            if leaf.endswith(SCALE) or tensor.dtype == torch.float8_e4m3fn:
+                stored[leaf] = tensor
+            else:
+                stored[leaf], stored[leaf + SCALE] = quantize(tensor, self.blocks)
+        return super().make(stored)
+
+    def _linear(self, rows: torch.Tensor, name: str, slot: int) -> torch.Tensor:
+        weight, scale = (getattr(self.module, leaf)[slot] for leaf in (name, name + SCALE))
+        return linear(rows, dequantize(weight, scale, self.blocks, rows.dtype))
 
 
 class PackedSlots:

@@ -57,12 +57,15 @@ def test_both_products_are_those_of_the_dequantised_weights(dtype: torch.dtype, 
                 {"members": [RANKS, 1], "local": [1, 0], "turn": [5]}.items()}  # fmt: skip
     computed = torch.tensor([7], device=DEVICE)
     count, index = pairs.count.to(DEVICE), pairs.index.to(DEVICE)
-    shape = fp8.shape(rows)
-    sizes = {"TOP_K": TOP_K, "SLOTS": 4, "PRECISION": "ieee" if dtype == torch.float32 else "tf32", "BM": shape.rows,
+    shape = fp8.shape(dtype, rows, "expand")
+    assert fp8.shape(dtype, rows, "contract").rows == shape.rows
+    sizes = {"TOP_K": TOP_K, "SLOTS": 4, "TRANSPOSED": False, "BIASED": False,
+             "PRECISION": "ieee" if dtype == torch.float32 else "tf32", "BM": shape.rows,
              "BN": shape.columns, "BK": shape.depth, "num_warps": shape.warps, "num_stages": shape.stages}  # fmt: skip
     fp8.expand[(5,)](
         pairs.own.to(DEVICE), pairs.received.to(DEVICE), up_q, up_s, between, count, index, integers["members"],
-        integers["local"], integers["turn"], computed, 1, 4, pairs.capacity, MAX_ROWS, N=2 * inner, K=hidden, **sizes,
+        integers["local"], integers["turn"], computed, 1, 4, pairs.capacity, MAX_ROWS, 0.0, 0.0,
+        N=2 * inner, K=hidden, GATE=1, **sizes,
     )  # fmt: skip
     fp8.contract[(5,)](
         between, down_q, down_s, results[1], count, index, integers["members"], windows, 4, pairs.capacity, MAX_ROWS,

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from actors.engine.cuda.memory import Cache, Weights, check, plan, weights_of
 from actors.engine.model import MoEModel
+from actors.engine.quantization import Blocks
 from actors.engine.weights import open_loader
 
 GIB = 2**30
@@ -154,3 +155,13 @@ def test_the_weights_counted_are_those_that_stand_there(family: str, dtype: str,
     shapes = [shape[1:] for shapes in model.experts_shapes for shape in shapes.values()]
     assert counted.slot == sum(torch.Size(shape).numel() for shape in shapes) * model.dtype.itemsize
     assert (counted.slots, counted.experts) == ((3, model.summary.num_experts) if shapes else (0, 0))
+
+
+def test_experts_that_stay_in_fp8_are_counted_with_their_scales(tmp_path: Path) -> None:
+    config = tiny_models.FAMILIES["qwen3_moe"]()
+    config.hidden_size, config.moe_intermediate_size = 384, 256
+    config.save_pretrained(tmp_path)
+    model = MoEModel(tmp_path, "bfloat16")
+    each = 3 * 384 * 256 + 4 * 3 * (3 * 2)
+    assert weights_of(model, 5, Blocks(128, 128)).slot == len(model.experts_names) * each
+    assert weights_of(model, 5, Blocks(64, 128)).slot == weights_of(model, 5).slot  # no kernels for those
