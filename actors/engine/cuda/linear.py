@@ -54,6 +54,24 @@ def arrived_last(counter_pointer, count):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def multiply_few(  # type: ignore[no-untyped-def]
+    x_pointer, weight_pointer, row_inside, column, column_inside, first_step,
+    WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr, STEPS: tl.constexpr,
+    STAGES: tl.constexpr,
+):  # fmt: skip
+    """``[ROWS, COLUMNS]``, float32: ``STEPS`` steps of ``INNER`` elements of the inner axis, from ``first_step`` on."""
+    xs = x_pointer + tl.arange(0, ROWS)[:, None] * WIDTH
+    weights = weight_pointer + column.to(tl.int64)[:, None] * WIDTH
+    total = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for step in tl.range(0, STEPS, num_stages=STAGES):
+        k = ((first_step + step) * INNER + tl.arange(0, INNER))[None, :]
+        weight = tl.load(weights + k, column_inside[:, None] & (k < WIDTH), 0.0)
+        x = tl.load(xs + k, row_inside[:, None] & (k < WIDTH), 0.0)
+        total = tl.dot(x, tl.trans(weight), total, input_precision="ieee")
+    return total
+
+
+@triton.jit(do_not_specialize=["rows"])
 def _few_rows(  # type: ignore[no-untyped-def]
     x_pointer, weight_pointer, bias_pointer, output_pointer, parts_pointer, counter_pointer,
     rows, outputs,
@@ -63,13 +81,10 @@ def _few_rows(  # type: ignore[no-untyped-def]
     tile, split = tl.program_id(0), tl.program_id(1)
     row = tl.arange(0, ROWS)
     column = tile * COLUMNS + tl.arange(0, COLUMNS)
-    weights = weight_pointer + column.to(tl.int64)[:, None] * WIDTH
-    total = tl.zeros((ROWS, COLUMNS), tl.float32)
-    for step in tl.range(0, STEPS, num_stages=STAGES):
-        k = (split * STEPS + step) * INNER + tl.arange(0, INNER)
-        weight = tl.load(weights + k[None, :], (column < outputs)[:, None] & (k < WIDTH)[None, :], 0.0)
-        x = tl.load(x_pointer + row[:, None] * WIDTH + k[None, :], (row < rows)[:, None] & (k < WIDTH)[None, :], 0.0)
-        total = tl.dot(x, tl.trans(weight), total, input_precision="ieee")
+    total = multiply_few(
+        x_pointer, weight_pointer, row < rows, column, column < outputs, split * STEPS,
+        WIDTH, ROWS, COLUMNS, INNER, STEPS, STAGES,
+    )  # fmt: skip
     place = row[:, None] * outputs + column[None, :]
     inside = (row < rows)[:, None] & (column < outputs)[None, :]
     last = True

@@ -1,17 +1,22 @@
-"""Which experts a row goes to: scores, the best k of them, their weights, in one kernel after the router's product."""
+"""Which experts a row goes to: scores, the best k of them, their weights, in one kernel after the router's product.
+
+Or with it: for few rows, where a kernel more costs as much as the product.
+"""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
 from actors.engine.cuda.elementwise import rounded
-from actors.engine.cuda.linear import FEW_ROWS, FewRows
+from actors.engine.cuda.linear import FEW_ROWS, arrived_last, multiply_few
 
 MAX_EXPERTS, MAX_CHOSEN = 1024, 32
+# How few rows' product is shared: experts and inner elements at a time of a program, parts of the inner axis.
+_COLUMNS, _INNER, _SPLITS = 16, 256, 8
 
 
 class Choice(NamedTuple):
@@ -34,22 +39,22 @@ class Choice(NamedTuple):
 
 
 @triton.jit
-def choose(  # type: ignore[no-untyped-def]
-    logits, correction_pointer, row, weights_pointer, ids_pointer, factor,
+def _choose(  # type: ignore[no-untyped-def]
+    logits, row, there, correction_pointer, weights_pointer, ids_pointer, factor,
     EXPERTS: tl.constexpr, BLOCK: tl.constexpr, TOP_K: tl.constexpr, SLOTS: tl.constexpr,
     SIGMOID: tl.constexpr, NORMALISED: tl.constexpr, CORRECTED: tl.constexpr,
     GROUPS: tl.constexpr, KEPT_GROUPS: tl.constexpr,
 ):  # fmt: skip
-    """``logits [BLOCK]`` of one row, float32, to the row's weights and ids ``[TOP_K]``."""
-    expert = tl.arange(0, BLOCK)
+    """``logits [ROWS, BLOCK]``, float32, of rows ``row [ROWS]``, to weights and ids of those that are ``there``."""
+    expert = tl.arange(0, BLOCK)[None, :]
     inside = expert < EXPERTS
     lowest = float("-inf")
     if SIGMOID:
         scores = 1.0 / (1.0 + tl.exp(-logits))
     else:
         logits = tl.where(inside, logits, lowest)
-        powers = tl.exp(logits - tl.max(logits, 0))
-        scores = powers / tl.sum(powers, 0)
+        powers = tl.exp(logits - tl.max(logits, 1)[:, None])
+        scores = powers / tl.sum(powers, 1)[:, None]
     ranked = scores
     if CORRECTED:
         ranked += tl.load(correction_pointer + expert, inside, 0.0).to(tl.float32)
@@ -58,49 +63,90 @@ def choose(  # type: ignore[no-untyped-def]
     if KEPT_GROUPS < GROUPS:
         size: tl.constexpr = EXPERTS // GROUPS
         group = expert // size
-        worth = tl.full((BLOCK,), lowest, tl.float32)
+        worth = tl.full(logits.shape, lowest, tl.float32)
         for g in tl.static_range(GROUPS):
             own = tl.where(group == g, ranked, lowest)
-            best, place = tl.max(own, 0, return_indices=True)
-            second = tl.max(tl.where(expert == place, lowest, own), 0)
-            worth = tl.where(expert == g, best + second, worth)
-        kept = tl.zeros((BLOCK,), tl.int32)
+            best, place = tl.max(own, 1, return_indices=True)
+            second = tl.max(tl.where(expert == place[:, None], lowest, own), 1)
+            worth = tl.where(expert == g, (best + second)[:, None], worth)
+        kept = tl.zeros(logits.shape, tl.int32)
         for _ in tl.static_range(KEPT_GROUPS):
-            _best, place = tl.max(worth, 0, return_indices=True)
-            kept = tl.where(group == place, 1, kept)
-            worth = tl.where(expert == place, lowest, worth)
+            _best, place = tl.max(worth, 1, return_indices=True)
+            kept = tl.where(group == place[:, None], 1, kept)
+            worth = tl.where(expert == place[:, None], lowest, worth)
         ranked = tl.where(kept == 1, ranked, lowest)
-    slot = tl.arange(0, SLOTS)
-    ids = tl.zeros((SLOTS,), tl.int32)
-    weights = tl.zeros((SLOTS,), tl.float32)
+    slot = tl.arange(0, SLOTS)[None, :]
+    ids = tl.zeros((logits.shape[0], SLOTS), tl.int32)
+    weights = tl.zeros((logits.shape[0], SLOTS), tl.float32)
     for k in tl.static_range(TOP_K):
-        _best, place = tl.max(ranked, 0, return_indices=True)
-        taken = expert == place
-        ids = tl.where(slot == k, place, ids)
-        weights = tl.where(slot == k, tl.sum(tl.where(taken, scores, 0.0), 0), weights)
+        _best, place = tl.max(ranked, 1, return_indices=True)
+        taken = expert == place[:, None]
+        ids = tl.where(slot == k, place[:, None], ids)
+        weights = tl.where(slot == k, tl.sum(tl.where(taken, scores, 0.0), 1)[:, None], weights)
         ranked = tl.where(taken, lowest, ranked)
     if NORMALISED:
-        weights /= tl.sum(weights, 0) + 1e-20  # sigmoids may all be zero
+        weights /= tl.sum(weights, 1)[:, None] + 1e-20  # sigmoids may all be zero
     dtype = weights_pointer.dtype.element_ty
     weights = rounded(weights, dtype) * factor
-    tl.store(weights_pointer + row * TOP_K + slot, weights.to(dtype), slot < TOP_K)
-    tl.store(ids_pointer + row * TOP_K + slot, ids.to(ids_pointer.dtype.element_ty), slot < TOP_K)
+    place = row[:, None] * TOP_K + slot
+    inside = there[:, None] & (slot < TOP_K)
+    tl.store(weights_pointer + place, weights.to(dtype), inside)
+    tl.store(ids_pointer + place, ids.to(ids_pointer.dtype.element_ty), inside)
 
 
 @triton.jit
 def _route(  # type: ignore[no-untyped-def]
-    logits_pointer, correction_pointer, weights_pointer, ids_pointer, factor,
+    logits_pointer, correction_pointer, weights_pointer, ids_pointer, factor, rows,
+    ROWS: tl.constexpr, EXPERTS: tl.constexpr, BLOCK: tl.constexpr, TOP_K: tl.constexpr, SLOTS: tl.constexpr,
+    SIGMOID: tl.constexpr, NORMALISED: tl.constexpr, CORRECTED: tl.constexpr,
+    GROUPS: tl.constexpr, KEPT_GROUPS: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    expert = tl.arange(0, BLOCK)[None, :]
+    inside = (row < rows)[:, None] & (expert < EXPERTS)
+    logits = tl.load(logits_pointer + row[:, None] * EXPERTS + expert, inside, 0.0).to(tl.float32)
+    _choose(
+        logits, row, row < rows, correction_pointer, weights_pointer, ids_pointer, factor,
+        EXPERTS, BLOCK, TOP_K, SLOTS, SIGMOID, NORMALISED, CORRECTED, GROUPS, KEPT_GROUPS,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _score_and_route(  # type: ignore[no-untyped-def]
+    x_pointer, weight_pointer, bias_pointer, parts_pointer, counter_pointer, logits_pointer,
+    correction_pointer, weights_pointer, ids_pointer, factor, rows,
+    WIDTH: tl.constexpr, BIAS: tl.constexpr, TILE: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr,
+    STEPS: tl.constexpr, SPLITS: tl.constexpr, ROWS: tl.constexpr,
     EXPERTS: tl.constexpr, BLOCK: tl.constexpr, TOP_K: tl.constexpr, SLOTS: tl.constexpr,
     SIGMOID: tl.constexpr, NORMALISED: tl.constexpr, CORRECTED: tl.constexpr,
     GROUPS: tl.constexpr, KEPT_GROUPS: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
-    expert = tl.arange(0, BLOCK)
-    logits = tl.load(logits_pointer + row * EXPERTS + expert, expert < EXPERTS, 0.0).to(tl.float32)
-    choose(
-        logits, correction_pointer, row, weights_pointer, ids_pointer, factor,
-        EXPERTS, BLOCK, TOP_K, SLOTS, SIGMOID, NORMALISED, CORRECTED, GROUPS, KEPT_GROUPS,
+    """Programs share the product by expert and along the inner axis; the last to finish adds up and chooses."""
+    split = tl.program_id(1)
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    tile_row = tl.arange(0, TILE)
+    total = multiply_few(
+        x_pointer, weight_pointer, tile_row < rows, column, column < EXPERTS, split * STEPS,
+        WIDTH, TILE, COLUMNS, INNER, STEPS, 3,
     )  # fmt: skip
+    place = (split * rows + tile_row)[:, None] * EXPERTS + column[None, :]
+    tl.store(parts_pointer + place, total, (tile_row < rows)[:, None] & (column < EXPERTS)[None, :])
+    if arrived_last(counter_pointer, tl.num_programs(0) * SPLITS):
+        row, expert = tl.arange(0, ROWS), tl.arange(0, BLOCK)[None, :]
+        there = row < rows
+        inside = there[:, None] & (expert < EXPERTS)
+        logits = tl.zeros((ROWS, BLOCK), tl.float32)
+        for part in tl.static_range(SPLITS):
+            place = (part * rows + row)[:, None] * EXPERTS + expert
+            logits += tl.load(parts_pointer + place, inside, 0.0, cache_modifier=".cg")
+        if BIAS:
+            logits += tl.load(bias_pointer + expert, expert < EXPERTS, 0.0).to(tl.float32)
+        dtype = logits_pointer.dtype.element_ty
+        tl.store(logits_pointer + row[:, None] * EXPERTS + expert, logits.to(dtype), inside)
+        _choose(
+            rounded(logits, dtype), row, there, correction_pointer, weights_pointer, ids_pointer, factor,
+            EXPERTS, BLOCK, TOP_K, SLOTS, SIGMOID, NORMALISED, CORRECTED, GROUPS, KEPT_GROUPS,
+        )  # fmt: skip
 
 
 def route(logits: torch.Tensor, choice: Choice) -> tuple[torch.Tensor, torch.Tensor]:
@@ -109,18 +155,22 @@ def route(logits: torch.Tensor, choice: Choice) -> tuple[torch.Tensor, torch.Ten
     Computes in float32. At most ``MAX_EXPERTS`` experts and ``MAX_CHOSEN`` chosen.
     """
     rows, experts = logits.shape
-    weights = torch.empty(rows, choice.top_k, dtype=choice.dtype, device=logits.device)
-    ids = torch.empty(rows, choice.top_k, dtype=torch.int64, device=logits.device)
+    weights, ids = _room(rows, choice, logits.device)
     if rows:
-        _route[(rows,)](
-            logits, logits if choice.correction is None else choice.correction, weights, ids,
-            choice.factor, **constants(choice, experts), num_warps=1 if experts <= 256 else 4,
+        tile = 1 if rows <= 64 else 4
+        _route[(triton.cdiv(rows, tile),)](
+            logits, logits if choice.correction is None else choice.correction, weights, ids, choice.factor, rows,
+            ROWS=tile, **_constants(choice, experts), num_warps=1 if experts <= 256 else 4,
         )  # fmt: skip
     return weights, ids
 
 
-def constants(choice: Choice, experts: int) -> dict[str, int | bool]:
-    """What the kernels are compiled for."""
+def _room(rows: int, choice: Choice, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    weights = torch.empty(rows, choice.top_k, dtype=choice.dtype, device=device)
+    return weights, torch.empty(rows, choice.top_k, dtype=torch.int64, device=device)
+
+
+def _constants(choice: Choice, experts: int) -> dict[str, Any]:
     return {
         "EXPERTS": experts,
         "BLOCK": triton.next_power_of_2(experts),
@@ -137,24 +187,37 @@ def constants(choice: Choice, experts: int) -> dict[str, int | bool]:
 class Router:
     """The forward of a router: ``x [..., H]`` to logits ``[T, E]``, weights ``[T, k]`` and ids ``[T, k]``.
 
-    ``weight [E, H]`` and ``bias [E]`` give the logits, in their dtype or, with ``wide``, in float32.
+    ``weight [E, H]`` and ``bias [E]`` give the logits, in their dtype or, with ``wide``, in float32. Few rows of 16-bit
+    weights take one kernel. One stream at a time may use it.
     """
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, choice: Choice, wide: bool = False) -> None:
         self.weight, self.bias, self.choice = weight, bias, choice
         self.wide = wide and weight.dtype != torch.float32
-        self._few = None
-        if weight.dtype != torch.float32:
-            self._few = FewRows(weight, bias, torch.float32 if wide else weight.dtype)
+        self._counter = torch.zeros(1, dtype=torch.int32, device=weight.device)
 
     def __call__(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        logits = self.logits(hidden_states.reshape(-1, hidden_states.shape[-1]))
-        return logits, *route(logits, self.choice)
-
-    def logits(self, x: torch.Tensor) -> torch.Tensor:
-        if self._few is not None and 0 < len(x) <= FEW_ROWS:
+        x = hidden_states.reshape(-1, hidden_states.shape[-1])
+        if 0 < len(x) <= FEW_ROWS and self.weight.dtype != torch.float32:
             return self._few(x)
         weight, bias = self.weight, self.bias
         if self.wide:
             x, weight, bias = x.float(), weight.float(), None if bias is None else bias.float()
-        return torch.nn.functional.linear(x, weight, bias)
+        logits = torch.nn.functional.linear(x, weight, bias)
+        return logits, *route(logits, self.choice)
+
+    def _few(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        (rows, inner), experts, choice = x.shape, len(self.weight), self.choice
+        dtype = torch.float32 if self.wide else x.dtype
+        logits = torch.empty(rows, experts, dtype=dtype, device=x.device)
+        parts = torch.empty(_SPLITS, rows, experts, dtype=torch.float32, device=x.device)
+        weights, ids = _room(rows, choice, x.device)
+        _score_and_route[(triton.cdiv(experts, _COLUMNS), _SPLITS)](
+            x, self.weight, self.weight if self.bias is None else self.bias, parts, self._counter, logits,
+            logits if choice.correction is None else choice.correction, weights, ids, choice.factor, rows,
+            WIDTH=inner, BIAS=self.bias is not None, TILE=FEW_ROWS, COLUMNS=_COLUMNS, INNER=_INNER,
+            STEPS=triton.cdiv(inner, _SPLITS * _INNER), SPLITS=_SPLITS,
+            ROWS=1 if rows == 1 else 4 if rows <= 4 else FEW_ROWS,
+            **_constants(choice, experts), num_warps=4,
+        )  # fmt: skip
+        return logits, weights, ids

@@ -20,7 +20,7 @@ from actors.engine.cuda.elementwise import add_rms_norm, rms_norm, silu_and_mul
 from actors.engine.cuda.inputs import StepInputs
 from actors.engine.cuda.linear import FEW_ROWS, FewRows, Tiles, join
 from actors.engine.cuda.rotary import Heads, split_and_keep, split_and_rotate
-from actors.engine.cuda.router import Choice, route
+from actors.engine.cuda.router import Choice, Router, route
 from actors.engine.experts.exchange import SoloExchange
 from actors.engine.experts.planner import Shape, plan
 from actors.engine.experts.routing import Routing
@@ -219,6 +219,29 @@ def test_chosen_experts(experts: int, choice: Choice) -> None:
     ids = route(logits, choice)[1]
     assert int(ids.min()) >= 0 and int(ids.max()) < experts, "rows that are not numbers go to experts that are"
     assert torch.equal(ids[[0, 8]], expected_ids[[0, 8]])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("wide", [False, True])
+@pytest.mark.parametrize(
+    ("experts", "choice"),
+    [(128, Choice(8, False, True, torch.float32)), (10, Choice(3, True, False, torch.bfloat16, torch.randn(10)))],
+)
+def test_routers(dtype: torch.dtype, wide: bool, experts: int, choice: Choice) -> None:
+    if choice.correction is not None:
+        choice = choice._replace(correction=choice.correction.to(DEVICE))
+    weight, bias = random(experts, 80, dtype=dtype), random(experts, dtype=dtype)
+    router = Router(weight / 4, bias, choice, wide)
+    for rows in (1, 3, FEW_ROWS, FEW_ROWS + 1):
+        x = random(1, rows, 80, dtype=dtype)
+        logits, weights, ids = router(x)
+        exact = x[0].double() @ (weight / 4).double().T + bias.double()
+        assert logits.dtype == (torch.float32 if wide else dtype)
+        assert_near(logits, exact, TOLERANCE[logits.dtype])
+        # Given those logits the choice is exact.
+        expected, expected_ids = route(logits, choice)
+        assert torch.equal(ids, expected_ids)
+        assert torch.equal(weights, expected)
 
 
 def test_the_lowest_of_equal_experts_is_chosen() -> None:
