@@ -102,8 +102,8 @@ def _prefill(  # type: ignore[no-untyped-def]
 
 def prefill_tiles(dtype: torch.dtype, width: int) -> Tiles:
     if dtype == torch.float32:
-        return Tiles(32, 32, 4, 1) if width <= 128 else Tiles(16, 16, 4, 1)
-    return Tiles(128, 64, 8, 3) if width <= 128 else Tiles(64, 64, 4, 2)
+        return Tiles(16, 32 if width <= 128 else 16, 4, 1)
+    return Tiles(128, 64, 8, 3) if width <= 128 else Tiles(128, 32, 8, 2)
 
 
 def prefill(

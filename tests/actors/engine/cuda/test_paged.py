@@ -11,7 +11,9 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend
 
+from actors.engine.attention import triton_paged
 from actors.engine.attention.base import KVShape
 from actors.engine.attention.triton_paged import TritonPagedAttention
 from actors.engine.batch import Batch, Slice
@@ -190,6 +192,19 @@ def test_split_decodes_with_padding(
         output = stand.step(spans, query, window, sinks, padded=6)
         stand.check(output[:4], stand.expected(spans, query, window, sinks))
         assert (output[4:] == 0).all()
+
+
+def test_long_prompts_by_torch_beside_short_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Padded to a step or not, with NaN in the rest of their last block."""
+    monkeypatch.setattr(triton_paged, "DENSE_ROWS", 15)
+    monkeypatch.setattr(triton_paged, "DENSE_STEP", 8)
+    monkeypatch.setattr(TritonPagedAttention, "_plain", lambda *_: True)
+    if DEVICE.type == "cpu":
+        monkeypatch.setattr(triton_paged, "DENSE_BACKENDS", [SDPBackend.MATH])
+    stand = Stand(KVShape(2, 16, 16), 6, [16, 17, 5, 18, 1], torch.bfloat16)
+    spans = {4: (0, 1), 0: (0, 16), 1: (0, 17), 2: (0, 5), 3: (0, 18)}
+    query = stand.query(57)
+    stand.check(stand.step(spans, query), stand.expected(spans, query))
 
 
 def test_a_block_size_that_is_no_power_of_two() -> None:
