@@ -70,6 +70,12 @@ class AppConfig(BaseModel):
     )
     seed: int = Field(0, ge=0, description="What dummy weights are drawn by.")
 
+    quantization: Literal["auto", "dequantize"] = Field(
+        "auto",
+        description="Of an FP8 checkpoint, `auto` keeps experts in FP8 where the device computes with them, "
+        "`dequantize` has all weights in `dtype`.",
+    )
+
     data_parallel_size: Positive = Field(
         1, description="DP ranks to start with. Set it in `user_config`, where changing it restarts nothing."
     )
@@ -256,6 +262,7 @@ class AppConfig(BaseModel):
             client_timeout_s=self.client_timeout_s,
             load_format=self.load_format,
             seed=self.seed,
+            quantization=self.quantization,
             cuda_graphs=self.cuda_graphs,
             max_ranks=min(self.max_data_parallel_size or MAX_PEERS, MAX_PEERS),
         )

@@ -17,7 +17,8 @@ class EngineConfig(msgspec.Struct, frozen=True):
     ``min_data_parallel_size`` ranks needs. ``threads`` are torch's intra-op threads. ``load_format`` is ``auto``, the
     checkpoint, or ``dummy``, random weights by ``seed``. On cuda, up to ``max_ranks`` ranks of one machine exchange
     rows through each other's memory. ``cuda_graphs`` are the padded numbers of sequences for which a step is captured
-    (None: a ladder up to ``max_num_seqs``, empty: none). Timeouts are in seconds.
+    (None: a ladder up to ``max_num_seqs``, empty: none). ``quantization`` is ``auto``, where experts of an FP8
+    checkpoint stay in FP8 if the device computes with them, or ``dequantize``. Timeouts are in seconds.
     """
 
     model: str
@@ -37,5 +38,6 @@ class EngineConfig(msgspec.Struct, frozen=True):
     client_timeout_s: float = 5.0
     load_format: str = "auto"
     seed: int = 0
+    quantization: str = "auto"
     cuda_graphs: tuple[int, ...] | None = None
     max_ranks: int = 8

@@ -13,6 +13,7 @@ from actors.engine import library
 from actors.engine.attention.base import KVShape, PagedAttention
 from actors.engine.experts import slots
 from actors.engine.experts.layer import Experts
+from actors.engine.quantization import Blocks
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -140,13 +141,21 @@ class MoEModel:
             max_positions=config.max_position_embeddings,
         )
 
-    def allocate_slots(self, num_slots: int, device: torch.device, max_rows: int = 0, max_ranks: int = 1) -> None:
+    def allocate_slots(
+        self,
+        num_slots: int,
+        device: torch.device,
+        max_rows: int = 0,
+        max_ranks: int = 1,
+        blocks: Blocks | None = None,
+    ) -> None:
         """Make ``num_slots`` empty expert slots in each MoE layer. Once only.
 
-        On GPUs a step has at most ``max_rows`` rows a rank, and a group at most ``max_ranks`` ranks.
+        On GPUs a step has at most ``max_rows`` rows a rank, and a group at most ``max_ranks`` ranks. With ``blocks``,
+        those of an FP8 checkpoint, experts stay in FP8 where the device can compute with them.
         """
         self._layers = [
-            slots.allocate(self.module.get_submodule(name), num_slots, self.dtype, device)
+            slots.allocate(self.module.get_submodule(name), num_slots, self.dtype, device, blocks)
             for name in self.experts_names
         ]
         self._device = device
