@@ -18,6 +18,41 @@ MAX_SPLITS = 32
 MAX_GROUP = 128
 
 
+@triton.jit
+def _combine(  # type: ignore[no-untyped-def]
+    partial,
+    sums,
+    place,
+    splits,
+    active,
+    GROUP: tl.constexpr,
+    VALUE_WIDTH: tl.constexpr,
+    G: tl.constexpr,
+    VD: tl.constexpr,
+    UNROLL: tl.constexpr,
+):
+    """What the programs of a sequence and KV head left, in the order of their tokens: as ``attend_tile`` gives it."""
+    members, v = tl.arange(0, G), tl.arange(0, VD)
+    peak = tl.full([G], float("-inf"), tl.float32)
+    total = tl.zeros([G], tl.float32)
+    result = tl.zeros([G, VD], tl.float32)
+    for first in tl.range(0, active, UNROLL):
+        for step in tl.static_range(UNROLL):  # so that many loads are under way
+            slot = (place * splits + first + step) * GROUP + members
+            there = (members < GROUP) & (first + step < active)
+            own = tl.load(sums + slot * 2, mask=there, other=float("-inf"), cache_modifier=".cg")
+            weight = tl.load(sums + slot * 2 + 1, mask=there, other=0.0, cache_modifier=".cg")
+            part_at = partial + slot[:, None] * VALUE_WIDTH + v[None, :]
+            part_mask = there[:, None] & (v < VALUE_WIDTH)[None, :]
+            part = tl.load(part_at, mask=part_mask, other=0.0, cache_modifier=".cg")
+            higher = tl.maximum(peak, own)
+            shrink, grow = tl.exp2(peak - higher), tl.exp2(own - higher)
+            peak = higher
+            total = total * shrink + weight * grow
+            result = result * shrink[:, None] + part * grow[:, None]
+    return peak, total, result
+
+
 @triton.jit(do_not_specialize=["splits", "window"])
 def _decode(  # type: ignore[no-untyped-def]
     query,
@@ -41,8 +76,8 @@ def _decode(  # type: ignore[no-untyped-def]
     KEY_WIDTH: tl.constexpr,
     VALUE_WIDTH: tl.constexpr,
     PAGE: tl.constexpr,
-    MAX_SPLITS: tl.constexpr,
     UNROLL: tl.constexpr,
+    G: tl.constexpr,
     M: tl.constexpr,
     N: tl.constexpr,
     KD: tl.constexpr,
@@ -95,26 +130,11 @@ def _decode(  # type: ignore[no-untyped-def]
     if tl.atomic_add(arrivals + place, 1, sem="acq_rel") < active - 1:
         return
     tl.store(arrivals + place, 0)  # for the next layer
-    slots = (place * splits + tl.arange(0, MAX_SPLITS)[None, :]) * GROUP + members[:, None]
-    mask = real[:, None] & (tl.arange(0, MAX_SPLITS)[None, :] < active)
-    peaks = tl.load(sums + slots * 2, mask=mask, other=float("-inf"), cache_modifier=".cg")
-    totals = tl.load(sums + slots * 2 + 1, mask=mask, other=0.0, cache_modifier=".cg")
-    peak = tl.where(real, tl.max(peaks, 1), 0.0)
-    total = tl.sum(totals * tl.exp2(peaks - peak[:, None]), 1)
-    result = tl.zeros([M, VD], tl.float32)
-    for first in tl.range(0, active, UNROLL):
-        for step in tl.static_range(UNROLL):
-            index = first + step
-            slot = (place * splits + index) * GROUP + members
-            own = tl.load(sums + slot * 2, mask=real & (index < active), other=float("-inf"), cache_modifier=".cg")
-            part = tl.load(
-                partial + slot[:, None] * VALUE_WIDTH + v[None, :],
-                mask=out_mask & (index < active),
-                other=0.0,
-                cache_modifier=".cg",
-            )
-            result += part * tl.exp2(own - peak)[:, None]
-    tl.store(out_at, finish(peak, total, result, sinks, heads, real).to(out.dtype.element_ty), mask=out_mask)
+    peak, total, result = _combine(partial, sums, place, splits, active, GROUP, VALUE_WIDTH, G, VD, UNROLL)
+    all_heads, all_real = head * GROUP + tl.arange(0, G), tl.arange(0, G) < GROUP
+    result = finish(peak, total, result, sinks, all_heads, all_real).to(out.dtype.element_ty)
+    all_at = out + (row * KV_HEADS * GROUP + all_heads[:, None]) * VALUE_WIDTH + v[None, :]
+    tl.store(all_at, result, mask=all_real[:, None] & (v < VALUE_WIDTH)[None, :])
 
 
 def decode_tiles(dtype: torch.dtype, group: int, width: int) -> Tiles:
@@ -154,6 +174,7 @@ def decode(
         return
     padded = power(key_width), power(value_width)
     tiles = tiles or decode_tiles(query.dtype, group, max(padded))
+    members = triton.next_power_of_2(group)
     shared = count * splits * heads if splits > 1 else 0
     partial = torch.empty(shared * value_width, dtype=torch.float32, device=query.device)
     sums = torch.empty(shared * 2, dtype=torch.float32, device=query.device)
@@ -161,7 +182,6 @@ def decode(
         query, keys, values, tables, lengths, sinks, out, partial, sums, arrivals,
         scaling * LOG2E, window, splits, query.stride(0), query.stride(1), tables.stride(0),
         KV_HEADS=kv_heads, GROUP=group, KEY_WIDTH=key_width, VALUE_WIDTH=value_width, PAGE=page,
-        MAX_SPLITS=MAX_SPLITS, UNROLL=max(1, min(8, 16384 // (tiles.rows * padded[1]))),
-        M=tiles.rows, N=tiles.tokens, KD=padded[0], VD=padded[1], STAGES=tiles.stages,
-        PRECISION=precision(query.dtype), num_warps=tiles.warps,
+        UNROLL=max(1, min(16, 16384 // (members * padded[1]))), G=members, M=tiles.rows, N=tiles.tokens,
+        KD=padded[0], VD=padded[1], STAGES=tiles.stages, PRECISION=precision(query.dtype), num_warps=tiles.warps,
     )  # fmt: skip
