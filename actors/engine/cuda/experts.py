@@ -13,13 +13,14 @@ from typing import Any
 import torch
 import triton
 
-from actors.engine.cuda import gemm, route
+from actors.engine.cuda import fp8, gemm, route
 from actors.engine.cuda.peers import CudaPeers
 from actors.engine.cuda.window import Layout, Window
 from actors.engine.experts.exchange import Exchange, PeerLost, SoloExchange
 from actors.engine.experts.layer import ExpertsBroken
 from actors.engine.experts.routing import Routing
 from actors.engine.experts.slots import StackedSlots
+from actors.engine.quantization import SCALE
 
 # Pairs that a program of the dispatch enters at a time, and columns that one of the combination sums.
 _PAIRS = 256
@@ -222,7 +223,8 @@ class CudaExperts:
         products, slots = self._products[layer], max(1, self._num_slots)
         # Tiles and programs suit the rows that this step has here when they are spread evenly; any others work too.
         pairs = max(len(hidden), sum(self._tokens) // len(self._tokens)) * self.top_k
-        up, down = (gemm.shape(self.dtype, pairs / slots, product) for product in ("expand", "contract"))
+        kernels = products.kernels
+        up, down = (kernels.shape(self.dtype, pairs / slots, product) for product in ("expand", "contract"))
         common = {
             "TOP_K": self.top_k, "SLOTS": triton.next_power_of_2(slots), "TRANSPOSED": products.transposed,
             "BIASED": products.biased, "PRECISION": "ieee" if self.dtype == torch.float32 else "tf32",
@@ -233,8 +235,8 @@ class CudaExperts:
                 raise RuntimeError("these experts' activation can't be captured: run without CUDA graphs")
             rows = max(1, sum(self._tokens) * self.top_k)
             inner = torch.empty(rows, products.up_columns, dtype=self.dtype, device=self.device)
-        gemm.expand[(self._programs(up, pairs, products.activated),)](
-            hidden, self.window.received, products.up, products.up_bias, inner, self._count, self._index,
+        kernels.expand[(self._programs(up, pairs, products.activated),)](
+            hidden, self.window.received, products.up, products.up_beside, inner, self._count, self._index,
             self._members, self._local, self._turn, self._computed,
             layer, self._num_slots, self._capacity, self.max_rows, products.limit, products.alpha,
             N=products.up_columns, K=self.hidden, GATE=products.gate, **common,
@@ -242,8 +244,8 @@ class CudaExperts:
         )  # fmt: skip
         if not products.gate:
             inner = products.activate(inner)
-        gemm.contract[(self._programs(down, pairs, self.hidden),)](
-            inner, products.down, products.down_bias, self.window.results, self._count, self._index, self._members,
+        kernels.contract[(self._programs(down, pairs, self.hidden),)](
+            inner, products.down, products.down_beside, self.window.results, self._count, self._index, self._members,
             self._windows, self._num_slots, self._capacity, self.max_rows,
             N=self.hidden, K=products.activated, **common,
             BM=down.rows, BN=down.columns, BK=down.depth, num_warps=down.warps, num_stages=down.stages,
@@ -267,8 +269,11 @@ class _Products:
         self.transposed, self.biased = bool(module.is_transposed), bool(module.has_bias)
         name = "gate_up_proj" if module.has_gate else "up_proj"
         self.up, self.down = getattr(module, name), module.down_proj
-        self.up_bias = getattr(module, f"{name}_bias") if self.biased else self.up
-        self.down_bias = module.down_proj_bias if self.biased else self.down
+        quantized = self.up.dtype == torch.float8_e4m3fn
+        self.kernels: Any = fp8 if quantized else gemm
+        # Weights in FP8 have scales where others may have a bias.
+        beside = SCALE if quantized else "_bias"
+        self.up_beside, self.down_beside = (getattr(module, leaf + beside, None) for leaf in (name, "down_proj"))
         self.up_columns = self.up.shape[2 if self.transposed else 1]
         self.activated = self.down.shape[1 if self.transposed else 2]
         self.limit, self.alpha = float(getattr(module, "limit", 0.0)), float(getattr(module, "alpha", 0.0))

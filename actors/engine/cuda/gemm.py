@@ -68,7 +68,7 @@ def _weights(weight, column, inside, k, N: tl.constexpr, K: tl.constexpr, TRANSP
     return tl.load(pointers, mask=inside[None, :] & (k < K)[:, None], other=0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["layer"])
 def expand(
     hidden, received, weight, bias, inner, count, index, members, local, turn, computed,
     layer, num_slots, capacity, max_rows, limit, alpha,
@@ -170,7 +170,7 @@ def contract(
         home = results + tl.multiple_of(offset, 16) + (code - source * (max_rows * TOP_K)).to(tl.int64) * N
         tl.store(
             home[:, None] + column[None, :],
-            total.to(weight.dtype.element_ty),
+            total.to(results.dtype.element_ty),
             mask=real[:, None] & inside[None, :],
         )
 

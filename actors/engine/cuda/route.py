@@ -72,7 +72,7 @@ def _place(
         tl.store(index + slot.to(tl.int64) * capacity + place, first_pair + pair, mask=here)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["layer"])
 def dispatch(
     hidden, ids, received, own_rows, chosen, table, local, members, windows, pad, turn, arrived, count, index, void,
     layer, num_slots, capacity, max_rows, ids_at, counts_at,
@@ -136,7 +136,7 @@ def dispatch(
                 )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["layer", "rows"])
 def combine(
     ids, weights, results, output, own_rows, table, local, members, windows, pad, turn, arrived, count, void,
     layer, rows, num_slots,
