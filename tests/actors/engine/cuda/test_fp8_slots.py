@@ -10,8 +10,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from actors.engine import cpu
 from actors.engine.cuda import fp8
 from actors.engine.cuda.streaming import StreamingLoader
+from actors.engine.experts import slots
 from actors.engine.experts.slots import Fp8Slots, StackedSlots
 from actors.engine.model import MoEModel
 from actors.engine.quantization import Blocks, dequantize
@@ -33,14 +35,17 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return tiny_models.quantized(path / "wide", path, fp8.BLOCK)
 
 
+@pytest.fixture(autouse=True)
+def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Slots are of the kinds that GPUs have, wherever this runs."""
+    monkeypatch.setattr(cpu, "supported", lambda dtype, device: False)
+    monkeypatch.setattr(slots, "stays_quantized", lambda module, device, blocks: True)
+
+
 def with_slots(path: Path, dtype: str, quantized: bool, num_slots: int = 3) -> MoEModel:
     model = MoEModel(path, dtype)
-    model.allocate_slots(num_slots, DEVICE)
-    for layer, name in enumerate(model.experts_names):
-        module = MoEModel(path, dtype).module.get_submodule(name)
-        model.module.set_submodule(name, module)
-        make = Fp8Slots(module, num_slots, DEVICE, BLOCKS) if quantized else StackedSlots(module, num_slots, DEVICE)
-        model.experts.layers[layer] = make
+    model.allocate_slots(num_slots, DEVICE, 24, 1, BLOCKS if quantized else None)
+    assert {type(layer) for layer in model.experts.layers} == {Fp8Slots if quantized else StackedSlots}
     return model
 
 
