@@ -49,10 +49,10 @@ class TritonPagedAttention:
         # Never made anew: captured graphs point at it. Only launches of fewer sequences times heads split any.
         self._arrivals = torch.zeros(PROGRAMS, dtype=torch.int32, device=device)
 
-    def begin(self, inputs: StepInputs) -> None:
-        """Attend as ``inputs`` says from now on; read again at each call, so a graph may be replayed after a refill."""
-        self._inputs = inputs
-        self.targets = inputs.targets
+    def begin(self, step: StepInputs) -> None:
+        """Attend as ``step`` says from now on; read again at each call, so a graph may be replayed after a refill."""
+        self._inputs = step
+        self.targets = step.targets
 
     def forward(
         self,

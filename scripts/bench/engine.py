@@ -1,6 +1,6 @@
 """Times the engine on a GPU in this process, without HTTP: decode steps, prefill, an offline batch; prints a table.
 
-    python scripts/bench/cuda.py --json OUT [--model DIR] [--only decode,prefill,batch,profile] [--no-graphs]
+    python scripts/bench/engine.py --json OUT [--model DIR] [--only decode,prefill,batch,profile] [--no-graphs]
 
 Without ``--model`` the shape is Qwen3-30B-A3B's, with random weights. A decode step's floor is what it must read (dense
 weights, the experts that its tokens chose, keys and values) over the copy bandwidth measured in the same run; a

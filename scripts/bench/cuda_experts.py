@@ -1,0 +1,515 @@
+#!/usr/bin/env python3
+"""One MoE layer on GPUs: first whether it is right, then its times beside their floors; the table comes last.
+
+    python scripts/bench/cuda_experts.py [--json OUT] [--only check,times,tune,pair]
+
+The layer is Qwen3-30B-A3B's in bfloat16. Times are of CUDA graphs of six layers with weights of their own, so that none
+stand in the cache, divided by six; medians. A floor is the weights of the chosen experts over the copy bandwidth, or
+the products over the matrix rate, both measured in the same run, whichever is longer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import signal
+import statistics
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from actors.engine.cuda import gemm
+from actors.engine.cuda.experts import CudaExperts
+from actors.engine.cuda.gemm import Shape
+from actors.engine.cuda.peers import CudaPeers, PeerWindows
+from actors.engine.experts.exchange import Exchange, PeerLost, SoloExchange
+from actors.engine.experts.map import ExpertMap
+from actors.engine.experts.mesh import MeshExchange
+from actors.engine.experts.routing import Routing
+
+HIDDEN, INNER, EXPERTS, TOP_K, MAX_ROWS = 2048, 768, 128, 8, 8192
+LAYERS = 6
+TOKENS = (1, 8, 64, 128, 512, 2048, 8192)
+KERNELS = ("dispatch", "expand", "contract", "combine")
+
+# Shapes tried: rows, columns, depth, warps, stages, programs a processor.
+SMALL = {
+    "expand": [
+        (16, 16, 128, 4, 4, 3), (16, 16, 256, 4, 3, 3), (16, 32, 64, 4, 5, 4), (16, 32, 128, 4, 3, 4),
+        (16, 32, 128, 4, 4, 3), (16, 32, 128, 8, 4, 3), (16, 64, 64, 4, 5, 2), (16, 64, 128, 8, 3, 2),
+    ],
+    "contract": [
+        (16, 16, 256, 4, 3, 4), (16, 32, 128, 4, 3, 6), (16, 32, 256, 4, 3, 3), (16, 64, 64, 4, 5, 4),
+        (16, 64, 128, 4, 3, 4), (16, 64, 128, 4, 4, 3), (16, 128, 64, 4, 4, 2), (16, 128, 128, 8, 3, 2),
+    ],
+}  # fmt: skip
+MIDDLE = {
+    "expand": [
+        (32, 32, 128, 4, 4, 2), (32, 64, 64, 4, 4, 3), (32, 64, 128, 4, 3, 2), (64, 64, 64, 4, 4, 3),
+        (64, 64, 128, 4, 3, 1), (64, 128, 64, 8, 4, 1), (64, 128, 64, 4, 4, 1),
+    ],
+    "contract": [
+        (32, 64, 128, 4, 4, 2), (32, 128, 64, 4, 4, 2), (64, 64, 64, 4, 4, 4), (64, 128, 64, 4, 4, 2),
+        (64, 128, 128, 4, 3, 1), (64, 256, 64, 8, 3, 1),
+    ],
+}  # fmt: skip
+LARGE = {
+    "expand": [
+        (64, 128, 64, 8, 4, 1), (128, 64, 64, 4, 4, 2), (128, 64, 64, 8, 4, 1), (128, 128, 64, 8, 3, 1),
+        (128, 128, 64, 8, 4, 1), (256, 64, 64, 8, 3, 1),
+    ],
+    "contract": [
+        (64, 256, 64, 4, 4, 1), (128, 128, 64, 4, 3, 2), (128, 128, 64, 8, 4, 1), (128, 256, 64, 8, 3, 1),
+        (128, 256, 64, 8, 4, 1), (256, 128, 64, 8, 3, 1),
+    ],
+}  # fmt: skip
+TUNED = {
+    1: SMALL,
+    8: SMALL,
+    64: SMALL,
+    128: SMALL,
+    512: MIDDLE,
+    2048: {p: MIDDLE[p] + LARGE[p] for p in MIDDLE},
+    8192: LARGE,
+}
+
+
+class Gated(torch.nn.Module):
+    """Experts as most families have them, random weights of a seed."""
+
+    is_transposed = has_bias = False
+    has_gate = True
+
+    def __init__(self, experts: int, hidden: int, inner: int, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__()
+        for name, shape in (("gate_up_proj", (2 * inner, hidden)), ("down_proj", (hidden, inner))):
+            weight = torch.empty(experts, *shape, dtype=dtype, device=device)
+            setattr(self, name, torch.nn.Parameter(weight, requires_grad=False))
+
+    def fill(self, seed: int, slots: Sequence[int]) -> Gated:
+        """Slot ``i`` gets expert ``slots[i]``, whose weights depend on it and the seed only."""
+        for parameter in self.parameters():
+            for slot, expert in enumerate(slots):
+                generator = torch.Generator(parameter.device).manual_seed(1000 * seed + expert)
+                parameter[slot].normal_(generator=generator).mul_(parameter.shape[2] ** -0.5)
+        return self
+
+    def _apply_gate(self, inner: torch.Tensor) -> torch.Tensor:
+        gate, up = inner.chunk(2, dim=-1)
+        return torch.nn.functional.silu(gate) * up
+
+    def reference(self, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """In float64."""
+        output = torch.zeros(hidden.shape, dtype=torch.float64, device=hidden.device)
+        for expert in ids.unique().tolist():
+            row, k = (ids == expert).nonzero(as_tuple=True)
+            inner = self._apply_gate(hidden[row].double() @ self.gate_up_proj[expert].double().t())
+            output.index_add_(0, row, weights[row, k, None].double() * (inner @ self.down_proj[expert].double().t()))
+        return output
+
+
+def make(
+    modules: Sequence[Gated], max_rows: int, max_ranks: int = 2, top_k: int = TOP_K, experts: int = EXPERTS
+) -> CudaExperts:
+    weight = modules[0].down_proj
+    layers: Any = [SimpleNamespace(module=module) for module in modules]
+    return CudaExperts(layers, experts, top_k, weight.shape[1], weight.dtype, weight.device, max_rows, max_ranks)
+
+
+def whole(layers: int, experts: int = EXPERTS) -> Routing:
+    return Routing(ExpertMap(experts, ((tuple(range(experts)),),) * layers), 0)
+
+
+def halves(layers: int, index: int, experts: int = EXPERTS) -> Routing:
+    rows = tuple(tuple(range(rank, experts, 2)) for rank in range(2))
+    return Routing(ExpertMap(experts, (rows,) * layers), index)
+
+
+def draw(
+    rows: int,
+    hidden: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    seed: int,
+    top_k: int = TOP_K,
+    experts: int = EXPERTS,
+) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.rand(rows, experts, generator=generator).argsort(1)[:, :top_k]
+    weights = torch.rand(rows, top_k, generator=generator)
+    states = torch.randn(rows, hidden, generator=generator)
+    return [states.to(device, dtype), ids.to(device), (weights / weights.sum(1, keepdim=True)).to(device)]
+
+
+def error(result: torch.Tensor, reference: torch.Tensor) -> float:
+    return float((result.double() - reference).norm() / reference.norm())
+
+
+# --- one GPU -----------------------------------------------------------------------------------------------------
+
+
+def check(device: torch.device) -> None:
+    """Every number of rows for which tiles differ, against float64; poisoned memory; raises AssertionError."""
+    for dtype, hidden, inner, limit in ((torch.bfloat16, HIDDEN, INNER, 1e-2), (torch.float32, 200, 72, 1e-5)):
+        module = Gated(EXPERTS, hidden, inner, dtype, device).fill(1, range(EXPERTS))
+        experts = make([module], MAX_ROWS)
+        experts.adopt(whole(1), SoloExchange())
+        for rows in (1, 3, 8, 64, 128, 300, 512, 1500, 2048, 8192):
+            if dtype == torch.float32 and rows > 512:
+                continue
+            experts._inner.fill_(float("nan"))
+            experts.window.results.fill_(float("nan"))
+            tensors = draw(rows, hidden, dtype, device, rows)
+            experts.begin([rows])
+            experts.own_rows.fill_(rows)
+            result = experts.forward(0, *tensors)
+            wrong = error(result, module.reference(*tensors))
+            print(f"  {dtype} {rows} rows: relative error {wrong:.1e}")
+            assert wrong < limit, (dtype, rows, wrong)
+        assert experts.chosen.sum() == experts.computed
+
+
+def copy_rate(device: torch.device) -> float:
+    """Bytes read and written a second."""
+    source = torch.randn(2**28, device=device)
+    target = torch.empty_like(source)
+    return 2 * source.numel() * 4 / (time_of(lambda: target.copy_(source), 20) * 1e-3)
+
+
+def matrix_rate(device: torch.device) -> float:
+    a, b = (torch.randn(8192, 8192, device=device, dtype=torch.bfloat16) for _ in range(2))
+    return 2 * 8192**3 / (time_of(lambda: a @ b, 20) * 1e-3)
+
+
+def time_of(work: Callable[[], Any], repeat: int) -> float:
+    """Median milliseconds."""
+    for _ in range(3):
+        work()
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(repeat + 1)]
+    events[0].record()
+    for event in events[1:]:
+        work()
+        event.record()
+    torch.cuda.synchronize()
+    return statistics.median(first.elapsed_time(second) for first, second in zip(events, events[1:], strict=False))
+
+
+class Block:
+    """A graph of all layers over inputs of their own for ``rows`` rows."""
+
+    def __init__(self, experts: CudaExperts, rows: int, seed: int = 0) -> None:
+        layers, device = len(experts.layers), experts.device
+        self.experts, self.rows = experts, rows
+        self.inputs = [draw(rows, HIDDEN, torch.bfloat16, device, 97 * seed + rows + layer) for layer in range(layers)]
+        self.distinct = statistics.mean(len(ids.unique()) for _, ids, _ in self.inputs)
+        experts.own_rows.fill_(rows)
+        self._run()
+        torch.cuda.synchronize()
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self._run()
+
+    def _run(self) -> None:
+        self.experts.begin([self.rows] * self.experts.exchange.size)
+        for layer, tensors in enumerate(self.inputs):
+            self.experts.forward(layer, *tensors)
+
+    def time(self, repeat: int) -> float:
+        """Microseconds a layer."""
+        return time_of(self.graph.replay, repeat) * 1e3 / len(self.inputs)
+
+    def kernels(self) -> dict[str, float]:
+        """Median microseconds of each kernel of a layer."""
+        from torch.profiler import ProfilerActivity, profile
+
+        with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+            for _ in range(4):
+                self.graph.replay()
+            torch.cuda.synchronize()
+        durations: dict[str, list[float]] = {}
+        for event in profiler.events():
+            durations.setdefault(event.name, []).append(event.device_time)
+        return {name: statistics.median(durations.get(name, [0.0])) for name in KERNELS}
+
+
+def floor(rows: int, distinct: float, rates: tuple[float, float]) -> float:
+    """Microseconds."""
+    copy, matrix = rates
+    return 1e6 * max(distinct * 3 * HIDDEN * INNER * 2 / copy, rows * TOP_K * 6 * HIDDEN * INNER / matrix)
+
+
+def repeats(rows: int) -> int:
+    return 30 if rows <= 512 else 8
+
+
+def times(experts: CudaExperts, rates: tuple[float, float]) -> list[dict[str, Any]]:
+    results = []
+    for rows in TOKENS:
+        block = Block(experts, rows)
+        least = floor(rows, block.distinct, rates)
+        results.append({"rows": rows, "floor": least, "block": block.time(repeats(rows)), **block.kernels()})
+    return results
+
+
+def tune(experts: CudaExperts) -> list[str]:
+    """The best shape of each product by number of rows, the other product's being the present one."""
+    present, lines = gemm.shape, []
+    for rows, candidates in TUNED.items():
+        for product in candidates:
+            found = []
+            now = {name: present(torch.bfloat16, rows * TOP_K / EXPERTS, name) for name in candidates}
+            for candidate in dict.fromkeys([tuple(now[product]), *candidates[product]]):
+                chosen = {**now, product: Shape(*candidate)}
+                gemm.shape = lambda dtype, expected, name, chosen=chosen: chosen[name]
+                try:
+                    found.append((Block(experts, rows).time(repeats(rows) // 2), candidate))
+                except Exception as failure:  # too much shared memory, most likely
+                    print(f"  {product} {candidate}: {type(failure).__name__} {str(failure)[:80]}")
+            present_time = found[0][0]
+            best = "  ".join(f"{tuple(shape)} {us:.1f}" for us, shape in sorted(found)[:3])
+            lines.append(f"{rows:5} rows {product:8} now {tuple(now[product])} {present_time:.1f} us; best: {best}")
+            gemm.shape = present
+    return lines
+
+
+def compile_all(part: int, parts: int) -> None:
+    """Fills Triton's cache with this part of the shapes to try, in a process of its own."""
+    device = torch.device("cuda")
+    experts = make([Gated(EXPERTS, HIDDEN, INNER, torch.bfloat16, device)], MAX_ROWS)
+    experts.adopt(whole(1), SoloExchange())
+    tensors = draw(1, HIDDEN, torch.bfloat16, device, 0)
+    everything = [("", shape) for shape in ()] + [
+        (product, shape) for table in (SMALL, MIDDLE, LARGE) for product, shapes in table.items() for shape in shapes
+    ]
+    plain = {product: Shape(*SMALL[product][0]) for product in SMALL}
+    experts.own_rows.fill_(1)
+    for product, shape in everything[part::parts]:
+        chosen = {**plain, product: Shape(*shape)}
+        gemm.shape = lambda dtype, expected, name, chosen=chosen: chosen[name]
+        experts.begin([1])
+        try:
+            experts.forward(0, *tensors)
+        except Exception:
+            experts.adopt(whole(1), SoloExchange())
+    torch.cuda.synchronize()
+
+
+def compile_ahead() -> None:
+    context = multiprocessing.get_context("spawn")
+    parts = min(14, max(1, (os.cpu_count() or 2) - 1))
+    processes = [context.Process(target=compile_all, args=(part, parts)) for part in range(parts)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+
+
+# --- two GPUs ----------------------------------------------------------------------------------------------------
+
+
+def pair() -> list[dict[str, Any]]:
+    """Two processes that see one GPU each: whether they compute what one does, and how long they take."""
+    server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    context = multiprocessing.get_context("spawn")
+    pipes, processes = [], []
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    for index in range(2):
+        os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[index] if visible else str(index)
+        ours, theirs = context.Pipe()
+        process = context.Process(target=_member, args=(index, server.port, theirs), daemon=True)
+        process.start()
+        pipes.append(ours)
+        processes.append(process)
+    os.environ.pop("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = visible
+    try:
+        result = pipes[0].recv() if pipes[0].poll(150) else "rank 0 gave no answer within 150 s"
+        if isinstance(result, str):
+            raise RuntimeError(result)
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+    return result
+
+
+def _member(index: int, port: int, pipe: Any) -> None:
+    try:
+        pipe.send(_pair(index, port))
+    except BaseException:
+        pipe.send(traceback.format_exc())
+        print(traceback.format_exc(), flush=True)
+    time.sleep(60)  # the peer may still read this memory
+
+
+def _join(windows: PeerWindows, port: int, epoch: int, index: int) -> CudaPeers:
+    store = dist.PrefixStore(f"epoch{epoch}", dist.TCPStore("127.0.0.1", port, is_master=False))
+    started = time.monotonic()
+    peers = windows.connect(MeshExchange(store, index, 2, 60.0, "127.0.0.1"), store, epoch, 60.0)
+    if index == 0:
+        print(f"  epoch {epoch} connected in {(time.monotonic() - started) * 1e3:.0f} ms", flush=True)
+    return peers
+
+
+def _pair(index: int, port: int) -> list[dict[str, Any]]:
+    device = torch.device("cuda:0")
+    torch.cuda.set_device(device)
+    # In float32 a group's results are those of one rank, bit for bit, whatever the batch.
+    hidden, layers = 256, 3
+    full = [Gated(EXPERTS, hidden, 96, torch.float32, device).fill(layer, range(EXPERTS)) for layer in range(layers)]
+    alone = make(full, 256)
+    alone.adopt(whole(layers), SoloExchange())
+    half = [
+        Gated(EXPERTS // 2, hidden, 96, torch.float32, device).fill(layer, range(index, EXPERTS, 2))
+        for layer in range(layers)
+    ]
+    experts = make(half, 256)
+    windows = PeerWindows(experts.window)
+    peers = _join(windows, port, 1, index)
+    experts.adopt(halves(layers, index), peers)
+    for step, tokens in enumerate([[3, 200], [0, 5], [64, 64], [1, 0], [256, 256]] * 3):
+        peers.sync([0])
+        rows = tokens[index]
+        for group in (experts, alone):
+            group.own_rows.fill_(rows)
+            group.begin(tokens if group is experts else [rows])
+        experts.window.results.fill_(float("nan"))
+        if not rows:
+            experts.finish()
+        inputs = [
+            draw(max(rows, 1), hidden, torch.float32, device, 10 * step + index, seed) for seed in (TOP_K,) * layers
+        ]
+        for layer in range(layers if rows else 0):
+            result = experts.forward(layer, *inputs[layer])
+            own = alone.forward(layer, *inputs[layer])
+            assert torch.equal(result, own), (step, layer, error(result, own.double()))
+        torch.cuda.synchronize()
+        experts.check()
+    if index == 0:
+        print("  two ranks equal one, bit for bit", flush=True)
+    peers.sync([0])
+    results = _pair_times(index, port, device)
+    # A peer dies while this rank's kernels wait for it.
+    second = _join(windows, port, 2, index)
+    peers.close()
+    experts.adopt(halves(layers, index), second)
+    second.sync([0])
+    if index == 1:
+        time.sleep(0.5)
+        os.kill(os.getpid(), signal.SIGKILL)
+    experts.own_rows.fill_(4)
+    experts.begin([4, 4])
+    for layer in range(layers):
+        experts.forward(layer, *draw(4, hidden, torch.float32, device, layer))
+    event = torch.cuda.Event()
+    event.record()
+    started = time.monotonic()
+    second.wait(event, 20.0)
+    waited = time.monotonic() - started
+    try:
+        experts.check()
+        raise AssertionError("a step without the peer was not void")
+    except PeerLost as lost:
+        print(f"  peer killed 0.5 s into the wait; the step ended after {waited:.3f} s: {lost}", flush=True)
+    experts = None  # type: ignore[assignment]
+    alone.own_rows.fill_(4)
+    alone.begin([4])
+    inputs = draw(4, hidden, torch.float32, device, 5)
+    assert error(alone.forward(0, *inputs), full[0].reference(*inputs)) < 1e-5
+    return results
+
+
+def _pair_times(index: int, port: int, device: torch.device) -> list[dict[str, Any]]:
+    half = [
+        Gated(EXPERTS // 2, HIDDEN, INNER, torch.bfloat16, device).fill(i, range(index, EXPERTS, 2))
+        for i in range(LAYERS)
+    ]
+    experts = make(half, 2048)
+    peers: Exchange = _join(PeerWindows(experts.window), port, 3, index)
+    experts.adopt(halves(LAYERS, index), peers)
+    results = []
+    for rows in (1, 8, 64, 128, 512):
+        peers.sync([0])
+        block = Block(experts, rows, seed=index)
+        peers.sync([0])
+        took = block.time(20)
+        peers.sync([0])
+        results.append({"rows": rows, "block": took, **block.kernels()})
+        experts.check()
+    return results
+
+
+# --- all of it ---------------------------------------------------------------------------------------------------
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--only", default="check,times,tune,pair")
+    arguments = parser.parse_args()
+    only, started = arguments.only.split(","), time.monotonic()
+
+    def stage(name: str) -> None:
+        print(f"[{time.monotonic() - started:5.1f} s] {name}", flush=True)
+
+    device = torch.device("cuda:0")
+    report: dict[str, Any] = {"device": torch.cuda.get_device_name(device), "torch": torch.__version__}
+    lines = []
+    if "tune" in only:
+        stage("compiling")
+        compile_ahead()
+    if "check" in only:
+        stage("checking")
+        check(device)
+    if "times" in only or "tune" in only:
+        stage("rates")
+        rates = copy_rate(device), matrix_rate(device)
+        report["copy"], report["matrix"] = rates
+        modules = [Gated(EXPERTS, HIDDEN, INNER, torch.bfloat16, device).fill(i, range(EXPERTS)) for i in range(LAYERS)]
+        experts = make(modules, MAX_ROWS)
+        experts.adopt(whole(LAYERS), SoloExchange())
+        stage("times")
+        report["one"] = times(experts, rates) if "times" in only else []
+        if "tune" in only:
+            stage("tuning")
+            lines = report["tuned"] = tune(experts)
+        del experts, modules
+        torch.cuda.empty_cache()
+    if "pair" in only and torch.cuda.device_count() > 1:
+        stage("two ranks")
+        report["two"] = pair()
+    stage("done")
+    if arguments.json:
+        arguments.json.write_text(json.dumps(report, indent=1) + "\n")
+    print("\n".join(lines))
+    for title, key in (("one rank", "one"), ("two ranks, rows of each", "two")):
+        if report.get(key):
+            print(
+                f"\n{title}, us a layer\n{'rows':>6}{'floor':>9}{'block':>9}{'ratio':>7}"
+                + "".join(f"{k:>10}" for k in KERNELS)
+            )
+        for row in report.get(key, []):
+            least = row.get("floor")
+            bound = (
+                f"{least:9.1f}{row['block']:9.1f}{row['block'] / least:7.2f}"
+                if least
+                else f"{'':9}{row['block']:9.1f}{'':7}"
+            )
+            print(f"{row['rows']:6}{bound}" + "".join(f"{row[k]:10.1f}" for k in KERNELS))
+    if "copy" in report:
+        print(
+            f"copy {report['copy'] / 1e12:.2f} TB/s, bf16 products {report['matrix'] / 1e12:.0f} TFLOP/s, {report['device']}"
+        )
+
+
+if __name__ == "__main__":
+    main()
