@@ -18,6 +18,9 @@ os.environ["RAY_AUTH_MODE"] = "disabled"
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.pop("RAY_ADDRESS", None)
+# Before anything imports Triton, which transformers does: without a GPU its kernels are interpreted.
+if not Path("/dev/nvidiactl").exists():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 # How long an example takes depends on the machine and on what else it does.
 settings.register_profile("accordion", deadline=None, suppress_health_check=[HealthCheck.too_slow])
