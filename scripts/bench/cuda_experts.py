@@ -11,28 +11,24 @@ the products over the matrix rate, both measured in the same run, whichever is l
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import multiprocessing
 import os
-import signal
 import statistics
 import time
-import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from actors.engine.cuda import gemm
 from actors.engine.cuda.experts import CudaExperts
 from actors.engine.cuda.gemm import Shape
-from actors.engine.cuda.peers import CudaPeers, PeerWindows
-from actors.engine.experts.exchange import Exchange, PeerLost, SoloExchange
+from actors.engine.experts.exchange import SoloExchange
 from actors.engine.experts.map import ExpertMap
-from actors.engine.experts.mesh import MeshExchange
 from actors.engine.experts.routing import Routing
 
 HIDDEN, INNER, EXPERTS, TOP_K, MAX_ROWS = 2048, 768, 128, 8, 8192
@@ -142,18 +138,15 @@ def draw(
     top_k: int = TOP_K,
     experts: int = EXPERTS,
 ) -> list[torch.Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    ids = torch.rand(rows, experts, generator=generator).argsort(1)[:, :top_k]
-    weights = torch.rand(rows, top_k, generator=generator)
-    states = torch.randn(rows, hidden, generator=generator)
-    return [states.to(device, dtype), ids.to(device), (weights / weights.sum(1, keepdim=True)).to(device)]
+    generator = torch.Generator(device).manual_seed(seed)
+    ids = torch.rand(rows, experts, generator=generator, device=device).argsort(1)[:, :top_k]
+    weights = torch.rand(rows, top_k, generator=generator, device=device)
+    states = torch.randn(rows, hidden, generator=generator, device=device)
+    return [states.to(dtype), ids, weights / weights.sum(1, keepdim=True)]
 
 
 def error(result: torch.Tensor, reference: torch.Tensor) -> float:
     return float((result.double() - reference).norm() / reference.norm())
-
-
-# --- one GPU -----------------------------------------------------------------------------------------------------
 
 
 def check(device: torch.device) -> None:
@@ -199,7 +192,7 @@ def time_of(work: Callable[[], Any], repeat: int) -> float:
         work()
         event.record()
     torch.cuda.synchronize()
-    return statistics.median(first.elapsed_time(second) for first, second in zip(events, events[1:], strict=False))
+    return statistics.median(first.elapsed_time(second) for first, second in itertools.pairwise(events))
 
 
 class Block:
@@ -236,7 +229,7 @@ class Block:
             torch.cuda.synchronize()
         durations: dict[str, list[float]] = {}
         for event in profiler.events():
-            durations.setdefault(event.name, []).append(event.device_time)
+            durations.setdefault(event.name, []).append(event.time_range.elapsed_us())
         return {name: statistics.median(durations.get(name, [0.0])) for name in KERNELS}
 
 
@@ -250,12 +243,31 @@ def repeats(rows: int) -> int:
     return 30 if rows <= 512 else 8
 
 
+def grouped(block: Block) -> dict[str, float]:
+    """Microseconds of torch's grouped product for each of the two, its rows sorted beforehand."""
+    took = {}
+    for name, weight in (("torch expand", "gate_up_proj"), ("torch contract", "down_proj")):
+        layers = []
+        for (_, ids, _), layer in zip(block.inputs, block.experts.layers, strict=True):
+            weights = layer.module.get_parameter(weight).transpose(1, 2)
+            offsets = torch.bincount(ids.reshape(-1), minlength=EXPERTS).cumsum(0).to(torch.int32)
+            rows = torch.randn(ids.numel(), weights.shape[1], dtype=weights.dtype, device=weights.device)
+            layers.append((rows, weights, offsets))
+
+        def work(layers: list[Any] = layers) -> None:
+            for rows, weights, offsets in layers:
+                torch.nn.functional.grouped_mm(rows, weights, offs=offsets)
+
+        took[name] = time_of(work, repeats(block.rows)) * 1e3 / len(layers)
+    return took
+
+
 def times(experts: CudaExperts, rates: tuple[float, float]) -> list[dict[str, Any]]:
     results = []
     for rows in TOKENS:
         block = Block(experts, rows)
-        least = floor(rows, block.distinct, rates)
-        results.append({"rows": rows, "floor": least, "block": block.time(repeats(rows)), **block.kernels()})
+        result = {"rows": rows, "floor": floor(rows, block.distinct, rates), "block": block.time(repeats(rows))}
+        results.append(result | block.kernels() | grouped(block))
     return results
 
 
@@ -286,9 +298,8 @@ def compile_all(part: int, parts: int) -> None:
     experts = make([Gated(EXPERTS, HIDDEN, INNER, torch.bfloat16, device)], MAX_ROWS)
     experts.adopt(whole(1), SoloExchange())
     tensors = draw(1, HIDDEN, torch.bfloat16, device, 0)
-    everything = [("", shape) for shape in ()] + [
-        (product, shape) for table in (SMALL, MIDDLE, LARGE) for product, shapes in table.items() for shape in shapes
-    ]
+    tables = SMALL, MIDDLE, LARGE
+    everything = [(product, shape) for table in tables for product, shapes in table.items() for shape in shapes]
     plain = {product: Shape(*SMALL[product][0]) for product in SMALL}
     experts.own_rows.fill_(1)
     for product, shape in everything[part::parts]:
@@ -310,145 +321,6 @@ def compile_ahead() -> None:
         process.start()
     for process in processes:
         process.join()
-
-
-# --- two GPUs ----------------------------------------------------------------------------------------------------
-
-
-def pair() -> list[dict[str, Any]]:
-    """Two processes that see one GPU each: whether they compute what one does, and how long they take."""
-    server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    context = multiprocessing.get_context("spawn")
-    pipes, processes = [], []
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    for index in range(2):
-        os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[index] if visible else str(index)
-        ours, theirs = context.Pipe()
-        process = context.Process(target=_member, args=(index, server.port, theirs), daemon=True)
-        process.start()
-        pipes.append(ours)
-        processes.append(process)
-    os.environ.pop("CUDA_VISIBLE_DEVICES")
-    if visible is not None:
-        os.environ["CUDA_VISIBLE_DEVICES"] = visible
-    try:
-        result = pipes[0].recv() if pipes[0].poll(150) else "rank 0 gave no answer within 150 s"
-        if isinstance(result, str):
-            raise RuntimeError(result)
-    finally:
-        for process in processes:
-            process.kill()
-            process.join()
-    return result
-
-
-def _member(index: int, port: int, pipe: Any) -> None:
-    try:
-        pipe.send(_pair(index, port))
-    except BaseException:
-        pipe.send(traceback.format_exc())
-        print(traceback.format_exc(), flush=True)
-    time.sleep(60)  # the peer may still read this memory
-
-
-def _join(windows: PeerWindows, port: int, epoch: int, index: int) -> CudaPeers:
-    store = dist.PrefixStore(f"epoch{epoch}", dist.TCPStore("127.0.0.1", port, is_master=False))
-    started = time.monotonic()
-    peers = windows.connect(MeshExchange(store, index, 2, 60.0, "127.0.0.1"), store, epoch, 60.0)
-    if index == 0:
-        print(f"  epoch {epoch} connected in {(time.monotonic() - started) * 1e3:.0f} ms", flush=True)
-    return peers
-
-
-def _pair(index: int, port: int) -> list[dict[str, Any]]:
-    device = torch.device("cuda:0")
-    torch.cuda.set_device(device)
-    # In float32 a group's results are those of one rank, bit for bit, whatever the batch.
-    hidden, layers = 256, 3
-    full = [Gated(EXPERTS, hidden, 96, torch.float32, device).fill(layer, range(EXPERTS)) for layer in range(layers)]
-    alone = make(full, 256)
-    alone.adopt(whole(layers), SoloExchange())
-    half = [
-        Gated(EXPERTS // 2, hidden, 96, torch.float32, device).fill(layer, range(index, EXPERTS, 2))
-        for layer in range(layers)
-    ]
-    experts = make(half, 256)
-    windows = PeerWindows(experts.window)
-    peers = _join(windows, port, 1, index)
-    experts.adopt(halves(layers, index), peers)
-    for step, tokens in enumerate([[3, 200], [0, 5], [64, 64], [1, 0], [256, 256]] * 3):
-        peers.sync([0])
-        rows = tokens[index]
-        for group in (experts, alone):
-            group.own_rows.fill_(rows)
-            group.begin(tokens if group is experts else [rows])
-        experts.window.results.fill_(float("nan"))
-        if not rows:
-            experts.finish()
-        inputs = [
-            draw(max(rows, 1), hidden, torch.float32, device, 10 * step + index, seed) for seed in (TOP_K,) * layers
-        ]
-        for layer in range(layers if rows else 0):
-            result = experts.forward(layer, *inputs[layer])
-            own = alone.forward(layer, *inputs[layer])
-            assert torch.equal(result, own), (step, layer, error(result, own.double()))
-        torch.cuda.synchronize()
-        experts.check()
-    if index == 0:
-        print("  two ranks equal one, bit for bit", flush=True)
-    peers.sync([0])
-    results = _pair_times(index, port, device)
-    # A peer dies while this rank's kernels wait for it.
-    second = _join(windows, port, 2, index)
-    peers.close()
-    experts.adopt(halves(layers, index), second)
-    second.sync([0])
-    if index == 1:
-        time.sleep(0.5)
-        os.kill(os.getpid(), signal.SIGKILL)
-    experts.own_rows.fill_(4)
-    experts.begin([4, 4])
-    for layer in range(layers):
-        experts.forward(layer, *draw(4, hidden, torch.float32, device, layer))
-    event = torch.cuda.Event()
-    event.record()
-    started = time.monotonic()
-    second.wait(event, 20.0)
-    waited = time.monotonic() - started
-    try:
-        experts.check()
-        raise AssertionError("a step without the peer was not void")
-    except PeerLost as lost:
-        print(f"  peer killed 0.5 s into the wait; the step ended after {waited:.3f} s: {lost}", flush=True)
-    experts = None  # type: ignore[assignment]
-    alone.own_rows.fill_(4)
-    alone.begin([4])
-    inputs = draw(4, hidden, torch.float32, device, 5)
-    assert error(alone.forward(0, *inputs), full[0].reference(*inputs)) < 1e-5
-    return results
-
-
-def _pair_times(index: int, port: int, device: torch.device) -> list[dict[str, Any]]:
-    half = [
-        Gated(EXPERTS // 2, HIDDEN, INNER, torch.bfloat16, device).fill(i, range(index, EXPERTS, 2))
-        for i in range(LAYERS)
-    ]
-    experts = make(half, 2048)
-    peers: Exchange = _join(PeerWindows(experts.window), port, 3, index)
-    experts.adopt(halves(LAYERS, index), peers)
-    results = []
-    for rows in (1, 8, 64, 128, 512):
-        peers.sync([0])
-        block = Block(experts, rows, seed=index)
-        peers.sync([0])
-        took = block.time(20)
-        peers.sync([0])
-        results.append({"rows": rows, "block": took, **block.kernels()})
-        experts.check()
-    return results
-
-
-# --- all of it ---------------------------------------------------------------------------------------------------
 
 
 def main() -> None:
@@ -486,29 +358,22 @@ def main() -> None:
         torch.cuda.empty_cache()
     if "pair" in only and torch.cuda.device_count() > 1:
         stage("two ranks")
+        from cuda_experts_pair import pair
+
         report["two"] = pair()
     stage("done")
     if arguments.json:
         arguments.json.write_text(json.dumps(report, indent=1) + "\n")
     print("\n".join(lines))
     for title, key in (("one rank", "one"), ("two ranks, rows of each", "two")):
-        if report.get(key):
-            print(
-                f"\n{title}, us a layer\n{'rows':>6}{'floor':>9}{'block':>9}{'ratio':>7}"
-                + "".join(f"{k:>10}" for k in KERNELS)
-            )
-        for row in report.get(key, []):
-            least = row.get("floor")
-            bound = (
-                f"{least:9.1f}{row['block']:9.1f}{row['block'] / least:7.2f}"
-                if least
-                else f"{'':9}{row['block']:9.1f}{'':7}"
-            )
-            print(f"{row['rows']:6}{bound}" + "".join(f"{row[k]:10.1f}" for k in KERNELS))
+        rows = report.get(key) or []
+        if rows:
+            print(f"\n{title}, us a layer\n" + "".join(f"{name:>15}" for name in rows[0]))
+        for row in rows:
+            print("".join(f"{value:15.1f}" for value in row.values()))
     if "copy" in report:
-        print(
-            f"copy {report['copy'] / 1e12:.2f} TB/s, bf16 products {report['matrix'] / 1e12:.0f} TFLOP/s, {report['device']}"
-        )
+        copy, matrix = report["copy"] / 1e12, report["matrix"] / 1e12
+        print(f"copy {copy:.2f} TB/s read and written, bf16 products {matrix:.0f} TFLOP/s, {report['device']}")
 
 
 if __name__ == "__main__":
