@@ -137,8 +137,8 @@ def _score_and_route(  # type: ignore[no-untyped-def]
         inside = there[:, None] & (expert < EXPERTS)
         logits = tl.zeros((ROWS, BLOCK), tl.float32)
         for part in tl.static_range(SPLITS):
-            place = (part * rows + row)[:, None] * EXPERTS + expert
-            logits += tl.load(parts_pointer + place, inside, 0.0, cache_modifier=".cg")
+            source = parts_pointer + (part * rows + row)[:, None] * EXPERTS + expert
+            logits += tl.load(source, inside, 0.0, cache_modifier=".cg")
         if BIAS:
             logits += tl.load(bias_pointer + expert, expert < EXPERTS, 0.0).to(tl.float32)
         dtype = logits_pointer.dtype.element_ty
