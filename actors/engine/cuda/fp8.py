@@ -30,7 +30,7 @@ def _product(total, weight, scale, x, PRECISION: tl.constexpr):
     return total + part * tl.load(scale)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["layer"])
 def expand(
     hidden, received, weight, scale, inner, count, index, members, local, turn, computed,
     layer, num_slots, capacity, max_rows, limit, alpha,

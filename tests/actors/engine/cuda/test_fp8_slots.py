@@ -11,13 +11,20 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from actors.engine import cpu
+from actors.engine.attention.torch_sdpa import TorchPagedAttention
+from actors.engine.batch import Batch, Slice
 from actors.engine.cuda import fp8
+from actors.engine.cuda.experts import CudaExperts
 from actors.engine.cuda.streaming import StreamingLoader
 from actors.engine.experts import slots
+from actors.engine.experts.exchange import SoloExchange
+from actors.engine.experts.planner import Shape, plan
+from actors.engine.experts.routing import Routing
 from actors.engine.experts.slots import Fp8Slots, StackedSlots
 from actors.engine.model import MoEModel
 from actors.engine.quantization import Blocks, dequantize
 from actors.engine.weights import Loader, open_loader
+from actors.wire import SamplingParams
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 BLOCKS = Blocks(fp8.BLOCK, fp8.BLOCK)
@@ -133,3 +140,32 @@ def test_only_plain_gates_of_whole_blocks_suit() -> None:
             model = AutoModelForCausalLM.from_config(config)
         experts = next(module for name, module in model.named_modules() if name.endswith(".experts"))
         assert fp8.suits(experts) is suits
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_models_logits_are_those_of_the_unquantized_checkpoint(dtype: str, checkpoints: tuple[Path, Path]) -> None:
+    """Through the kernels, all of the model: the experts' products differ only in where they round."""
+    logits = []
+    for path in checkpoints:
+        model = with_slots(path, dtype, path is checkpoints[0], 4)
+        figures = model.summary
+        model.experts = CudaExperts(
+            model.experts.layers, 4, figures.top_k, figures.hidden_size, model.dtype, DEVICE, max_rows=24, max_ranks=1
+        )
+        loader = loader_of(model)
+        routing = Routing(plan(Shape(figures.num_moe_layers, 4), (0,)), 0)
+        model.experts.adopt(routing, SoloExchange())
+        model.attention = TorchPagedAttention(model.kv_shapes, 2, 16, model.dtype, DEVICE)
+        part = Slice("a", list(range(1, 24)), 0, [0, 1], True, [], [], SamplingParams(max_tokens=1))
+        with torch.inference_mode():
+            loader.load_dense()
+            loader.load_experts(routing.own_slots)
+            model.attention.begin(Batch((part,)))
+            model.experts.begin([23])
+            model.experts.own_rows.fill_(23)
+            ids = torch.tensor([part.tokens], device=DEVICE)
+            positions = torch.arange(23, device=DEVICE)[None]
+            logits.append(model.module(input_ids=ids, position_ids=positions, use_cache=False).logits[0].double())
+    found, expected = logits
+    assert found.isfinite().all()
+    assert (found - expected).norm() / expected.norm() < (1e-5 if dtype == "float32" else 3e-2)
