@@ -267,6 +267,10 @@ def times(experts: CudaExperts, rates: tuple[float, float]) -> list[dict[str, An
     for rows in TOKENS:
         block = Block(experts, rows)
         result = {"rows": rows, "floor": floor(rows, block.distinct, rates), "block": block.time(repeats(rows))}
+        if experts.overlap:
+            experts.overlap = False
+            result["no overlap"] = Block(experts, rows).time(repeats(rows))
+            experts.overlap = True
         results.append(result | block.kernels() | grouped(block))
     return results
 

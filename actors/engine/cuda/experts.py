@@ -64,6 +64,8 @@ class CudaExperts:
         # The interpreter runs one program after the other, and those of a kernel that waits must run together.
         cuda = device.type == "cuda"
         self.processors = torch.cuda.get_device_properties(device).multi_processor_count if cuda else 1
+        # Kernels of one layer are launched while the one before ends.
+        self.overlap = cuda and torch.cuda.get_device_capability(device) >= (9, 0)
         num_slots = len(self.layers[0].module.down_proj) if self.layers else 0
         # A rank by itself may send all of a token's pairs to one slot (Routing.alone), a group only one of them.
         self._capacity = max_rows * max(max_ranks, top_k)
@@ -206,7 +208,7 @@ class CudaExperts:
             hidden, ids, self.window.received, self.own_rows, self.chosen, self._table, self._local, *self._group,
             self._arrived, self._count, self._index, self._void,
             layer, self._num_slots, self._capacity, self.max_rows, self.window.layout.ids, self.window.layout.counts,
-            **self._sizes, BLOCK=_PAIRS, WIDTH=triton.next_power_of_2(self.hidden),
+            **self._sizes, BLOCK=_PAIRS, WIDTH=triton.next_power_of_2(self.hidden), **self._launch,
         )  # fmt: skip
 
     def _combine(self, layer: int, ids: torch.Tensor, weights: torch.Tensor, output: torch.Tensor) -> None:
@@ -215,7 +217,7 @@ class CudaExperts:
         route.combine[(min(4 * self.processors, max(1, items)),)](
             ids, weights, self.window.results, output, self.own_rows, self._table, self._local, *self._group,
             self._arrived, self._count, self._void, layer, len(output), self._num_slots,
-            **self._sizes, SLOTS=triton.next_power_of_2(max(1, self._num_slots)), WIDTH=width,
+            **self._sizes, SLOTS=triton.next_power_of_2(max(1, self._num_slots)), WIDTH=width, **self._launch,
         )  # fmt: skip
 
     def _multiply(self, layer: int, hidden: torch.Tensor) -> None:
@@ -229,6 +231,8 @@ class CudaExperts:
             "TOP_K": self.top_k, "SLOTS": triton.next_power_of_2(slots), "TRANSPOSED": products.transposed,
             "BIASED": products.biased, "PRECISION": "ieee" if self.dtype == torch.float32 else "tf32",
         }  # fmt: skip
+        if kernels is gemm:
+            common |= self._launch
         inner = self._inner
         if not products.gate:
             if hidden.is_cuda and torch.cuda.is_current_stream_capturing():
@@ -250,6 +254,10 @@ class CudaExperts:
             N=self.hidden, K=products.activated, **common,
             BM=down.rows, BN=down.columns, BK=down.depth, num_warps=down.warps, num_stages=down.stages,
         )  # fmt: skip
+
+    @property
+    def _launch(self) -> dict[str, bool]:
+        return {"OVERLAP": True, "launch_pdl": True} if self.overlap else {"OVERLAP": False}
 
     def _programs(self, shape: gemm.Shape, pairs: int, columns: int) -> int:
         return min(self.processors * shape.per_processor, max(1, pairs) * triton.cdiv(columns, shape.columns))

@@ -16,6 +16,8 @@ import torch
 import triton
 import triton.language as tl
 
+from actors.engine.cuda.route import begin
+
 # Kinds of gate, see ``expand``.
 SILU, CLAMPED = 1, 2
 
@@ -74,7 +76,7 @@ def expand(
     layer, num_slots, capacity, max_rows, limit, alpha,
     N: tl.constexpr, K: tl.constexpr, TOP_K: tl.constexpr, SLOTS: tl.constexpr, GATE: tl.constexpr,
     TRANSPOSED: tl.constexpr, BIASED: tl.constexpr, PRECISION: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """The product of the pairs' rows with their slots' first weights ``[slots, N, K]`` into ``inner``.
 
@@ -84,6 +86,7 @@ def expand(
     both are clamped to ``limit``, as GPT-OSS has it. Also begins the turn in which results are exchanged, and adds to
     ``computed``.
     """
+    begin(OVERLAP)
     slot, pairs, before, ends = _tiles(count, num_slots, BM, SLOTS)
     if tl.program_id(0) == 0:
         tl.store(computed, tl.load(computed) + tl.sum(pairs, 0))
@@ -137,10 +140,11 @@ def contract(
     num_slots, capacity, max_rows,
     N: tl.constexpr, K: tl.constexpr, TOP_K: tl.constexpr, SLOTS: tl.constexpr,
     TRANSPOSED: tl.constexpr, BIASED: tl.constexpr, PRECISION: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """The product of ``inner [pairs, K]`` with the slots' second weights ``[slots, N, K]``; each pair's row goes
     to its place among the ``results`` of the rank where its token is at home."""
+    begin(OVERLAP)
     here = tl.load(windows + tl.load(members + 1))
     slot, pairs, before, ends = _tiles(count, num_slots, BM, SLOTS)
     EVEN: tl.constexpr = (K % BK == 0) & (N % BN == 0)

@@ -21,6 +21,18 @@ import triton.language as tl
 
 
 @triton.jit
+def begin(OVERLAP: tl.constexpr):
+    """Waits for the kernel before, if this one was launched while it ran, and lets the next one be launched.
+
+    Hopper's programmatic dependent launch, which closes the gap between two kernels; for those launched with
+    ``launch_pdl``.
+    """
+    if OVERLAP:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+
+
+@triton.jit
 def _flag(windows, rank, pad, kind, source, MAX_RANKS: tl.constexpr):
     """In the window of ``rank``: what ``source`` raises there; ``kind`` 0: rows have come, 1: results have."""
     address = tl.load(windows + rank) + tl.load(pad) + (kind * MAX_RANKS + source) * 4
@@ -77,7 +89,7 @@ def dispatch(
     hidden, ids, received, own_rows, chosen, table, local, members, windows, pad, turn, arrived, count, index, void,
     layer, num_slots, capacity, max_rows, ids_at, counts_at,
     TOP_K: tl.constexpr, HIDDEN: tl.constexpr, EXPERTS: tl.constexpr, MAX_RANKS: tl.constexpr,
-    BLOCK: tl.constexpr, WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr, WIDTH: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Pushes this rank's rows to all peers and enters all ranks' pairs that stand here into ``index``.
 
@@ -85,6 +97,7 @@ def dispatch(
     ``[layers, experts]``). The programs wait for peers, so all of them must be resident at once; ``arrived`` counts
     them and must be zero.
     """
+    begin(OVERLAP)
     rows = tl.load(own_rows)
     size, me = tl.load(members), tl.load(members + 1)
     alone = tl.load(local + layer) != 0
@@ -141,7 +154,7 @@ def combine(
     ids, weights, results, output, own_rows, table, local, members, windows, pad, turn, arrived, count, void,
     layer, rows, num_slots,
     TOP_K: tl.constexpr, HIDDEN: tl.constexpr, EXPERTS: tl.constexpr, MAX_RANKS: tl.constexpr, SLOTS: tl.constexpr,
-    WIDTH: tl.constexpr,
+    WIDTH: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """``output [rows, H]``: each row's results, weighted and summed in float32 in the order of k; zeros beyond
     ``own_rows`` and for experts that stand nowhere.
@@ -149,6 +162,7 @@ def combine(
     Waits for the results that peers write into ``results [max_rows * k, H]``, and tells them that this rank's have
     been written by the kernel before.
     """
+    begin(OVERLAP)
     size, me = tl.load(members), tl.load(members + 1)
     if tl.program_id(0) == 0:
         slot = tl.arange(0, SLOTS)
