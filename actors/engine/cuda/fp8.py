@@ -21,11 +21,12 @@ from actors.engine.cuda.gemm import Shape, _find, _tiles
 
 BLOCK = 128
 """Rows and columns of a weight that share a scale."""
+_BLOCK = tl.constexpr(BLOCK)
 
 
 @triton.jit
 def _product(total, weight, scale, x, PRECISION: tl.constexpr):
-    """``total [columns, rows]`` plus a block of weights ``[columns, 128]`` times ``x [rows, 128]``."""
+    """``total [columns, rows]`` plus part of a block of weights ``[columns, k]`` times ``x [rows, k]``."""
     part = tl.dot(tl.load(weight).to(x.dtype), tl.trans(x), input_precision=PRECISION)
     return total + part * tl.load(scale)
 
@@ -41,8 +42,8 @@ def expand(
     """``gemm.expand`` with a SiLU gate: ``inner [pairs, N / 2]``, for ``weight [slots, N, K]`` in FP8.
 
     In the place of a bias stands ``scale``, float32 ``[slots, N / 128, K / 128]``; what of the arguments speaks of
-    other gates, layouts and biases is not looked at (see ``suits``). ``K`` and ``N / 2`` are multiples of 128, ``BN``
-    divides 128, and ``BK`` is 128.
+    other gates, layouts and biases is not looked at (see ``suits``). ``K`` and ``N / 2`` are multiples of 128, which
+    ``BN`` and ``BK`` divide.
     """
     slot, pairs, before, ends = _tiles(count, num_slots, BM, SLOTS)
     if tl.program_id(0) == 0:
@@ -63,13 +64,14 @@ def expand(
         k = tl.arange(0, BK)
         column = block * BN + tl.arange(0, BN)
         first = weight + number.to(tl.int64) * (N * K) + column[:, None] * K + k[None, :]
-        scales = scale + (number * (N // BK) + block * BN // BK) * (K // BK)
+        scales = scale + (number * (N // _BLOCK) + block * BN // _BLOCK) * (K // _BLOCK)
         total = tl.zeros([BN, BM], tl.float32)
         gated = tl.zeros([BN, BM], tl.float32)
-        for at in range(0, K // BK):
-            x = tl.load(start[:, None] + (at * BK + k)[None, :], mask=real[:, None], other=0)
-            total = _product(total, first + at * BK, scales + at, x, PRECISION)
-            gated = _product(gated, first + WIDTH * K + at * BK, scales + WIDTH // BK * (K // BK) + at, x, PRECISION)
+        second, second_scales = first + WIDTH * K, scales + WIDTH // _BLOCK * (K // _BLOCK)
+        for at in range(0, K, BK):
+            x = tl.load(start[:, None] + (at + k)[None, :], mask=real[:, None], other=0)
+            total = _product(total, first + at, scales + at // _BLOCK, x, PRECISION)
+            gated = _product(gated, second + at, second_scales + at // _BLOCK, x, PRECISION)
         total = tl.trans(total / (1 + tl.exp(-total)) * gated)
         there = inner + (place + row).to(tl.int64)[:, None] * WIDTH + column[None, :]
         tl.store(there, total.to(inner.dtype.element_ty), mask=real[:, None])
@@ -97,11 +99,11 @@ def contract(
         column = block * BN + tl.arange(0, BN)
         start = inner + (place + row).to(tl.int64) * K
         weights = weight + number.to(tl.int64) * (N * K) + column[:, None] * K + k[None, :]
-        scales = scale + (number * (N // BK) + block * BN // BK) * (K // BK)
+        scales = scale + (number * (N // _BLOCK) + block * BN // _BLOCK) * (K // _BLOCK)
         total = tl.zeros([BN, BM], tl.float32)
-        for at in range(0, K // BK):
-            x = tl.load(start[:, None] + (at * BK + k)[None, :], mask=real[:, None], other=0)
-            total = _product(total, weights + at * BK, scales + at, x, PRECISION)
+        for at in range(0, K, BK):
+            x = tl.load(start[:, None] + (at + k)[None, :], mask=real[:, None], other=0)
+            total = _product(total, weights + at, scales + at // _BLOCK, x, PRECISION)
         offset = (tl.load(windows + source, mask=real, other=0) - here) // (
             results.dtype.element_ty.primitive_bitwidth // 8
         )
@@ -111,14 +113,15 @@ def contract(
 
 def shape(dtype: torch.dtype, rows: float, product: str) -> Shape:
     """Tiles for either product where a slot has about this many rows; in float32 always the same, as ``gemm.shape``."""
-    rows = 0 if dtype == torch.float32 else rows
+    if dtype == torch.float32:
+        return Shape(16, 64, 32, 4, 2, 4)
     return next(candidate for limit, candidate in _SHAPES if rows <= limit)
 
 
 _SHAPES = [
-    (24, Shape(16, 64, BLOCK, 4, 4, 2)),
-    (48, Shape(32, 64, BLOCK, 4, 4, 2)),
-    (float("inf"), Shape(64, 128, BLOCK, 8, 3, 1)),
+    (24, Shape(16, 64, 128, 4, 4, 2)),
+    (48, Shape(32, 64, 128, 4, 4, 2)),
+    (float("inf"), Shape(64, 128, 128, 8, 3, 1)),
 ]
 
 
