@@ -18,6 +18,7 @@ from actors.engine.weights import open_loader
 from actors.wire import SamplingParams
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+ROWS = 32
 
 
 def with_config_only(family: str, directory: Path, **changes) -> Path:
@@ -31,7 +32,7 @@ def with_config_only(family: str, directory: Path, **changes) -> Path:
 
 def drawn(path: Path, num_slots: int, seed: int = 0, dtype: str = "float32"):
     model = MoEModel(path, dtype)
-    model.allocate_slots(num_slots or model.summary.num_experts, DEVICE)
+    model.allocate_slots(num_slots or model.summary.num_experts, DEVICE, ROWS, 1)
     loader = open_loader(model, DEVICE, "dummy", seed)
     with torch.inference_mode():
         loader.load_dense()
@@ -78,12 +79,14 @@ def test_logits_of_a_deep_model_are_finite_and_spread(family: str, tmp_path: Pat
     routing = Routing(plan(Shape(figures.num_moe_layers, figures.num_experts), (0,)), 0)
     model.experts.adopt(routing, SoloExchange())
     model.attention = TorchPagedAttention(model.kv_shapes, 2, 16, model.dtype, DEVICE)
-    tokens = list(range(1, 33))
+    tokens = list(range(1, ROWS + 1))
     part = Slice("a", tokens, 0, [0, 1], True, tokens, [], SamplingParams(max_tokens=1))
     with torch.inference_mode():
         loader.load_experts(routing.own_slots)
         model.attention.begin(Batch((part,)))
         model.experts.begin([len(tokens)])
+        if DEVICE.type == "cuda":
+            model.experts.own_rows.fill_(len(tokens))
         ids = torch.tensor([tokens], device=DEVICE)
         positions = torch.arange(len(tokens), device=DEVICE)[None]
         logits = model.module(input_ids=ids, position_ids=positions, use_cache=False).logits

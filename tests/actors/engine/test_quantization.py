@@ -60,7 +60,7 @@ def test_every_weight_is_that_of_the_unquantized_checkpoint(
         (same, CPU, WeightLoader),
     ):
         model = MoEModel(path, dtype)
-        model.allocate_slots(2, where)
+        model.allocate_slots(2, where, 16, 1)
         for layer, name in enumerate(model.experts_names):
             if not isinstance(model.experts.layers[layer], StackedSlots):
                 model.experts.layers[layer] = StackedSlots(model.module.get_submodule(name), 2, where)

@@ -145,7 +145,7 @@ def test_the_weights_counted_are_those_that_stand_there(family: str, dtype: str,
     tiny_models.FAMILIES[family]().save_pretrained(tmp_path)
     model = MoEModel(tmp_path, dtype)
     counted = weights_of(model, 3)
-    model.allocate_slots(3, DEVICE)
+    model.allocate_slots(3, DEVICE, 16, 1)
     with torch.inference_mode():
         open_loader(model, DEVICE, "dummy").load_dense()
     dense = {

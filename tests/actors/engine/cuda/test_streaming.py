@@ -34,7 +34,7 @@ def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def with_stacked_slots(path: Path, dtype: str, num_slots: int, device: torch.device = DEVICE) -> MoEModel:
     model = MoEModel(path, dtype)
-    model.allocate_slots(num_slots, device)
+    model.allocate_slots(num_slots, device, 16, 1)
     for layer, name in enumerate(model.experts_names):
         module = model.module.get_submodule(name)
         if not isinstance(model.experts.layers[layer], StackedSlots):
