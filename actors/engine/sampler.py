@@ -79,7 +79,7 @@ class Sampling:
         at_once = CPU_ROWS if logits.device.type == "cpu" else len(slices)
         for start in range(0, len(random), at_once):
             some = random[start : start + at_once]
-            rows = torch.tensor(some, device=logits.device)
+            rows = _put(some, torch.int64, logits.device)
             tokens[rows] = _draw(
                 edited.index_select(0, rows).float(), best[rows].float(), [slices[row] for row in some]
             )
@@ -165,10 +165,16 @@ class _Entries:
         self.values += values
 
     def tensors(self, device: torch.device) -> tuple[tuple[Tensor, Tensor], Tensor]:
-        rows = torch.repeat_interleave(torch.tensor(self.rows), torch.tensor(self.lengths))
-        columns = torch.tensor(self.columns, dtype=torch.int64)
-        values = torch.tensor(self.values, dtype=torch.float32)
-        return (rows.to(device), columns.to(device)), values.to(device)
+        rows = torch.repeat_interleave(torch.tensor(self.rows), torch.tensor(self.lengths)).tolist()
+        where = _put(rows, torch.int64, device), _put(self.columns, torch.int64, device)
+        return where, _put(self.values, torch.float32, device)
+
+
+def _put(values: Sequence[float], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """On ``device``; a GPU is not waited for, which it would be from memory that is not pinned."""
+    if device.type != "cuda":
+        return torch.tensor(values, dtype=dtype, device=device)
+    return torch.tensor(values, dtype=dtype, pin_memory=True).to(device, non_blocking=True)
 
 
 # --- choosing ------------------------------------------------------------------------------------------------------
@@ -194,8 +200,8 @@ def _draw(x: Tensor, best: Tensor, slices: Sequence[Slice]) -> Tensor:
     """One token per row of float32 [R, V], whose largest elements are ``best`` [R]. Overwrites ``x``."""
     sampling = [piece.sampling for piece in slices]
     numbers = [uniform(s.sampling.seed, len(s.prompt) + len(s.generated)) for s in slices]
-    u = torch.tensor(numbers, dtype=torch.float64, device=x.device)
-    scale = torch.tensor([1 / s.temperature for s in sampling], dtype=torch.float32, device=x.device)
+    u = _put(numbers, torch.float64, x.device)
+    scale = _put([1 / s.temperature for s in sampling], torch.float32, x.device)
     # From here on the likeliest token has 0, and the others the logarithm of how much less likely they are.
     x = x.sub_(best[:, None]).mul_(scale[:, None]).clamp_(min=LOWEST - 1)
     # Relative to the floor, what is kept is 0 or more and weighs 1 or more: one threshold for all rows.
@@ -226,13 +232,13 @@ def _invert(cumulative: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
 def _floors(x: Tensor, sampling: Sequence[SamplingParams]) -> Tensor:
     """The value of the least likely token that the filters keep, for each row of ``x`` [R, V] with maxima 0."""
     lowest = [max(LOWEST, math.log(s.min_p) if s.min_p > 0 else LOWEST) for s in sampling]
-    floors = torch.tensor(lowest, dtype=torch.float32, device=x.device)
+    floors = _put(lowest, torch.float32, x.device)
     vocab = x.shape[1]
     cut = [row for row, s in enumerate(sampling) if 0 < s.top_k < vocab or s.top_p < 1]
     if cut:
-        rows = torch.tensor(cut, device=x.device)
-        top_k = torch.tensor([min(sampling[row].top_k or vocab, vocab) for row in cut], device=x.device)
-        top_p = torch.tensor([sampling[row].top_p for row in cut], dtype=torch.float64, device=x.device)
+        rows = _put(cut, torch.int64, x.device)
+        top_k = _put([min(sampling[row].top_k or vocab, vocab) for row in cut], torch.int64, x.device)
+        top_p = _put([sampling[row].top_p for row in cut], torch.float64, x.device)
         count = min(max(sampling[row].top_k or FIRST for row in cut), vocab)
         part = x if len(cut) == len(x) else x.index_select(0, rows)
         floors[rows] = torch.maximum(floors[rows], _cut(part, top_k, top_p, count))
@@ -296,7 +302,7 @@ def _logprobs(logits: Tensor, tokens: Tensor, slices: Sequence[Slice]) -> dict[i
     asked = [(row, piece.sampling.logprobs) for row, piece in enumerate(slices) if piece.sampling.logprobs is not None]
     if not asked:
         return {}
-    rows = torch.tensor([row for row, _ in asked], device=logits.device)
+    rows = _put([row for row, _ in asked], torch.int64, logits.device)
     logprobs = logits[rows].float().log_softmax(-1)
     chosen = logprobs.gather(1, tokens[rows][:, None])[:, 0].tolist()
     count = min(max(number for _, number in asked if number is not None), logits.shape[1])

@@ -16,7 +16,7 @@ import random
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,7 @@ from actors.wire import SamplingParams
 
 CONTEXT = 1024
 STEPS = 24
+GREEDY = SamplingParams(max_tokens=1, temperature=0.0)
 
 
 def main() -> None:
@@ -150,7 +151,7 @@ class Decodes:
         slices = []
         for blocks in self._blocks:
             token = self._draw.randrange(vocab)
-            slices.append(Slice("x", [token], self._length, blocks, True, [], [], SamplingParams(max_tokens=1)))
+            slices.append(Slice("x", [token], self._length, blocks, True, [], [], GREEDY))
         return Batch(tuple(slices))
 
     def step(self) -> tuple[float, float]:
@@ -172,10 +173,10 @@ def decode(runner: ModelRunner, count: int, bandwidth: float) -> dict[str, Any]:
     for _ in range(3):
         decodes.step()
     experts = runner.model.experts
-    distinct, before, times = [], np.array(experts.chosen), []
+    distinct, before, times = [], np.array(experts.chosen.tolist()), []
     for _ in range(STEPS):
         times.append(decodes.step())
-        after = np.array(experts.chosen)
+        after = np.array(experts.chosen.tolist())
         distinct.append(float((after > before).sum(axis=1).mean()))
         before = after
     read = bytes_read(runner, count, statistics.mean(distinct))
@@ -218,7 +219,7 @@ def prefill_step(runner: ModelRunner, lengths: list[int]) -> torch.Tensor:
     for length in lengths:
         tokens = [draw.randrange(runner.summary.vocab_size) for _ in range(length)]
         blocks = list(range(first, first := first + -(-length // size)))
-        slices.append(Slice("x", tokens, 0, blocks, True, tokens, [], SamplingParams(max_tokens=1)))
+        slices.append(Slice("x", tokens, 0, blocks, True, tokens, [], GREEDY))
     return runner.step(Batch(tuple(slices)), [sum(lengths)])
 
 
@@ -280,26 +281,32 @@ def offline(runner: ModelRunner, count: int, prompt: int, generate: int) -> dict
     )  # fmt: skip
     for i in range(count):
         tokens = [draw.randrange(runner.summary.vocab_size) for _ in range(prompt)]
-        scheduler.add(Request(str(i), b"", tokens, SamplingParams(max_tokens=generate)))
-    began, steps, made, waited = time.perf_counter(), 0, 0, 0.0
-    for batch in batches(scheduler):
+        scheduler.add(Request(str(i), b"", tokens, SamplingParams(max_tokens=generate, temperature=0.0)))
+    spent = dict.fromkeys(("schedule", "launch", "wait", "commit"), 0.0)
+    steps = made = 0
+    began = last = time.perf_counter()
+
+    def passed(stage: str) -> None:
+        nonlocal last
+        now = time.perf_counter()
+        spent[stage] += now - last
+        last = now
+
+    while (batch := scheduler.schedule()).slices:
+        passed("schedule")
         sampling = sampler.Sampling(runner.step(batch, [batch.num_tokens]), batch.sampling_slices)
-        launched = time.perf_counter()
+        passed("launch")
         results = sampling.results()
-        waited += time.perf_counter() - launched
+        passed("wait")
         made += len(scheduler.commit(batch, results))
         steps += 1
+        passed("commit")
     seconds = time.perf_counter() - began
     return {
         "requests": count, "prompt": prompt, "generated": generate, "seconds": seconds, "steps": steps,
         "output_tokens_per_s": made / seconds, "preemptions": scheduler.preemptions,
-        "host_waits_for_device": waited / seconds,
+        "share": {stage: time_spent / seconds for stage, time_spent in spent.items()},
     }  # fmt: skip
-
-
-def batches(scheduler: Scheduler) -> Iterator[Batch]:
-    while (batch := scheduler.schedule()).slices:
-        yield batch
 
 
 # --- where the time goes ---------------------------------------------------------------------------------------------
@@ -340,7 +347,7 @@ def table(result: dict[str, Any]) -> None:
             f" {batch['seconds']:.1f} s, {batch['output_tokens_per_s']:.0f} output tokens/s, {batch['steps']} steps,",
             end="",
         )
-        print(f" host waits for the device {batch['host_waits_for_device']:.0%} of the time")
+        print(" host: " + ", ".join(f"{stage} {share:.1%}" for stage, share in batch["share"].items()))
 
 
 if __name__ == "__main__":
