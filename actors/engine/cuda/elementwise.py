@@ -9,6 +9,8 @@ import torch
 import triton
 import triton.language as tl
 
+from actors.engine.cuda.overlap import begin, launch
+
 # One program holds a row of a norm in its registers.
 MAX_NORM_WIDTH = 16384
 _TILE = 1024
@@ -24,8 +26,9 @@ def rounded(x, dtype: tl.constexpr):  # type: ignore[no-untyped-def]
 def _norm(  # type: ignore[no-untyped-def]
     x_pointer, x_stride, delta_pointer, delta_stride, weight_pointer, total_pointer, output_pointer, output_stride,
     epsilon, width,
-    ADD: tl.constexpr, ROUND_BEFORE_SCALE: tl.constexpr, BLOCK: tl.constexpr,
+    ADD: tl.constexpr, ROUND_BEFORE_SCALE: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
+    begin(OVERLAP)
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < width
@@ -85,12 +88,13 @@ def _launch_norm(
         x, x.stride(0), x if delta is None else delta, 0 if delta is None else delta.stride(0), weight,
         x if total is None else total, output, output.stride(0), epsilon, width,
         ADD=delta is not None, ROUND_BEFORE_SCALE=round_before_scale, BLOCK=block,
-        num_warps=min(16, max(1, block // 256)),
+        num_warps=min(16, max(1, block // 256)), **launch(x.device),
     )  # fmt: skip
 
 
 @triton.jit
-def _silu(x_pointer, output_pointer, width, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+def _silu(x_pointer, output_pointer, width, BLOCK: tl.constexpr, OVERLAP: tl.constexpr):  # type: ignore[no-untyped-def]
+    begin(OVERLAP)
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < width
@@ -108,5 +112,5 @@ def silu_and_mul(x: torch.Tensor) -> torch.Tensor:
     count = output.numel() // width
     if count:
         block = min(_TILE, triton.next_power_of_2(width))
-        _silu[(count, triton.cdiv(width, block))](x, output, width, BLOCK=block, num_warps=4)
+        _silu[(count, triton.cdiv(width, block))](x, output, width, BLOCK=block, num_warps=4, **launch(x.device))
     return output

@@ -16,6 +16,8 @@ import torch
 import triton
 import triton.language as tl
 
+from actors.engine.cuda.overlap import MOST_AHEAD, begin, fetch_ahead, launch
+
 # The most rows our kernel takes: one tile of the matrix units. More go through torch's product.
 FEW_ROWS = 16
 
@@ -71,16 +73,31 @@ def multiply_few(  # type: ignore[no-untyped-def]
     return total
 
 
+@triton.jit
+def fetch_weights(  # type: ignore[no-untyped-def]
+    weight_pointer, column, outputs, first_step,
+    WIDTH: tl.constexpr, INNER: tl.constexpr, STEPS: tl.constexpr, LINES: tl.constexpr,
+):  # fmt: skip
+    """Ask ahead for what ``multiply_few`` will read, which is at most ``LINES`` lines of 128 bytes a column."""
+    per_line: tl.constexpr = 1024 // weight_pointer.dtype.element_ty.primitive_bitwidth
+    k = first_step * INNER + tl.minimum(tl.arange(0, LINES) * per_line, STEPS * INNER - 1)
+    rows = weight_pointer + tl.minimum(column, outputs - 1).to(tl.int64)[:, None] * WIDTH
+    fetch_ahead(rows + tl.minimum(k, WIDTH - 1)[None, :])
+
+
 @triton.jit(do_not_specialize=["rows"])
 def _few_rows(  # type: ignore[no-untyped-def]
     x_pointer, weight_pointer, bias_pointer, output_pointer, parts_pointer, counter_pointer,
     rows, outputs,
     WIDTH: tl.constexpr, BIAS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr,
-    SPLITS: tl.constexpr, STEPS: tl.constexpr, STAGES: tl.constexpr,
+    SPLITS: tl.constexpr, STEPS: tl.constexpr, STAGES: tl.constexpr, LINES: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     tile, split = tl.program_id(0), tl.program_id(1)
     row = tl.arange(0, ROWS)
     column = tile * COLUMNS + tl.arange(0, COLUMNS)
+    if OVERLAP and LINES > 0:
+        fetch_weights(weight_pointer, column, outputs, split * STEPS, WIDTH, INNER, STEPS, LINES)
+    begin(OVERLAP)
     total = multiply_few(
         x_pointer, weight_pointer, row < rows, column, column < outputs, split * STEPS,
         WIDTH, ROWS, COLUMNS, INNER, STEPS, STAGES,
@@ -101,6 +118,13 @@ def _few_rows(  # type: ignore[no-untyped-def]
         tl.store(output_pointer + place, total.to(output_pointer.dtype.element_ty), inside)
 
 
+def lines_ahead(weight: torch.Tensor, inner: int) -> int:
+    """``LINES`` of ``fetch_weights`` for programs that read ``inner`` elements of each of their columns."""
+    if weight.numel() * weight.element_size() > MOST_AHEAD:
+        return 0
+    return int(triton.next_power_of_2(triton.cdiv(inner * weight.element_size(), 128)))
+
+
 class FewRows:
     """``x [n, in] -> [n, out]`` for ``n <= FEW_ROWS``, ``weight [out, in]``, ``bias [out]`` or None; of one dtype.
 
@@ -118,6 +142,8 @@ class FewRows:
         self.weight, self.bias, self.dtype = weight, bias, dtype
         self.cut = cut or tiles(*weight.shape)
         self._grid = (triton.cdiv(len(weight), self.cut.columns), self.cut.splits)
+        self._steps = triton.cdiv(weight.shape[1], self.cut.splits * self.cut.inner)
+        self._lines = lines_ahead(weight, self._steps * self.cut.inner)
         self._counters = torch.zeros(self._grid[0], dtype=torch.int32, device=weight.device)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
@@ -130,8 +156,8 @@ class FewRows:
             x, self.weight, self.weight if self.bias is None else self.bias, output, parts, self._counters,
             rows, outputs,
             WIDTH=inner, BIAS=self.bias is not None, ROWS=FEW_ROWS, COLUMNS=cut.columns, INNER=cut.inner,
-            SPLITS=cut.splits, STEPS=triton.cdiv(inner, cut.splits * cut.inner), STAGES=cut.stages,
-            num_warps=cut.warps,
+            SPLITS=cut.splits, STEPS=self._steps, STAGES=cut.stages, LINES=self._lines,
+            num_warps=cut.warps, **launch(x.device),
         )  # fmt: skip
         return output
 

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from actors.engine.cuda.elementwise import rounded
+from actors.engine.cuda.overlap import begin, launch
 
 
 class Heads(NamedTuple):
@@ -41,8 +42,9 @@ def _split(  # type: ignore[no-untyped-def]
     targets_pointer, block_size,
     QUERY: tl.constexpr, SHARED: tl.constexpr, WIDTH: tl.constexpr, ROTATED: tl.constexpr, ANGLES: tl.constexpr,
     NORM: tl.constexpr, ROUND_BEFORE_SCALE: tl.constexpr, PAGED: tl.constexpr,
-    HEADS: tl.constexpr, BLOCK: tl.constexpr,
+    HEADS: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
+    begin(OVERLAP)
     row = tl.program_id(0).to(tl.int64)
     head = (tl.program_id(1) * HEADS + tl.arange(0, HEADS))[:, None]
     column = tl.arange(0, BLOCK)[None, :]
@@ -124,7 +126,7 @@ def split_and_rotate(
             QUERY=heads.query, SHARED=heads.shared, WIDTH=heads.width, ROTATED=heads.rotated,
             ANGLES=cosine.shape[-1], NORM=heads.query_norm is not None,
             ROUND_BEFORE_SCALE=heads.round_before_scale, PAGED=targets is not None, HEADS=tile, BLOCK=block,
-            num_warps=4,
+            num_warps=4, **launch(joint.device),
         )  # fmt: skip
     return query
 

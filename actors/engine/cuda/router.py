@@ -12,7 +12,8 @@ import triton
 import triton.language as tl
 
 from actors.engine.cuda.elementwise import rounded
-from actors.engine.cuda.linear import FEW_ROWS, arrived_last, multiply_few
+from actors.engine.cuda.linear import FEW_ROWS, arrived_last, fetch_weights, lines_ahead, multiply_few
+from actors.engine.cuda.overlap import begin, launch
 
 MAX_EXPERTS, MAX_CHOSEN = 1024, 32
 # How few rows' product is shared: experts and inner elements at a time of a program, parts of the inner axis.
@@ -99,8 +100,9 @@ def _route(  # type: ignore[no-untyped-def]
     logits_pointer, correction_pointer, weights_pointer, ids_pointer, factor, rows,
     ROWS: tl.constexpr, EXPERTS: tl.constexpr, BLOCK: tl.constexpr, TOP_K: tl.constexpr, SLOTS: tl.constexpr,
     SIGMOID: tl.constexpr, NORMALISED: tl.constexpr, CORRECTED: tl.constexpr,
-    GROUPS: tl.constexpr, KEPT_GROUPS: tl.constexpr,
+    GROUPS: tl.constexpr, KEPT_GROUPS: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
+    begin(OVERLAP)
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     expert = tl.arange(0, BLOCK)[None, :]
     inside = (row < rows)[:, None] & (expert < EXPERTS)
@@ -119,12 +121,15 @@ def _score_and_route(  # type: ignore[no-untyped-def]
     STEPS: tl.constexpr, SPLITS: tl.constexpr, ROWS: tl.constexpr,
     EXPERTS: tl.constexpr, BLOCK: tl.constexpr, TOP_K: tl.constexpr, SLOTS: tl.constexpr,
     SIGMOID: tl.constexpr, NORMALISED: tl.constexpr, CORRECTED: tl.constexpr,
-    GROUPS: tl.constexpr, KEPT_GROUPS: tl.constexpr,
+    GROUPS: tl.constexpr, KEPT_GROUPS: tl.constexpr, LINES: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Programs share the product by expert and along the inner axis; the last to finish adds up and chooses."""
     split = tl.program_id(1)
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     tile_row = tl.arange(0, TILE)
+    if OVERLAP and LINES > 0:
+        fetch_weights(weight_pointer, column, EXPERTS, split * STEPS, WIDTH, INNER, STEPS, LINES)
+    begin(OVERLAP)
     total = multiply_few(
         x_pointer, weight_pointer, tile_row < rows, column, column < EXPERTS, split * STEPS,
         WIDTH, TILE, COLUMNS, INNER, STEPS, 3,
@@ -160,7 +165,7 @@ def route(logits: torch.Tensor, choice: Choice) -> tuple[torch.Tensor, torch.Ten
         tile = 1 if rows <= 64 else 4
         _route[(triton.cdiv(rows, tile),)](
             logits, logits if choice.correction is None else choice.correction, weights, ids, choice.factor, rows,
-            ROWS=tile, **_constants(choice, experts), num_warps=1 if experts <= 256 else 4,
+            ROWS=tile, **_constants(choice, experts), num_warps=1 if experts <= 256 else 4, **launch(logits.device),
         )  # fmt: skip
     return weights, ids
 
@@ -208,7 +213,7 @@ class Router:
 
     def _few(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         (rows, inner), experts, choice = x.shape, len(self.weight), self.choice
-        dtype = torch.float32 if self.wide else x.dtype
+        dtype, steps = torch.float32 if self.wide else x.dtype, triton.cdiv(inner, _SPLITS * _INNER)
         logits = torch.empty(rows, experts, dtype=dtype, device=x.device)
         parts = torch.empty(_SPLITS, rows, experts, dtype=torch.float32, device=x.device)
         weights, ids = _room(rows, choice, x.device)
@@ -216,8 +221,8 @@ class Router:
             x, self.weight, self.weight if self.bias is None else self.bias, parts, self._counter, logits,
             logits if choice.correction is None else choice.correction, weights, ids, choice.factor, rows,
             WIDTH=inner, BIAS=self.bias is not None, TILE=FEW_ROWS, COLUMNS=_COLUMNS, INNER=_INNER,
-            STEPS=triton.cdiv(inner, _SPLITS * _INNER), SPLITS=_SPLITS,
+            STEPS=steps, SPLITS=_SPLITS, LINES=lines_ahead(self.weight, steps * _INNER),
             ROWS=1 if rows == 1 else 4 if rows <= 4 else FEW_ROWS,
-            **_constants(choice, experts), num_warps=4,
+            **_constants(choice, experts), num_warps=4, **launch(x.device),
         )  # fmt: skip
         return logits, weights, ids

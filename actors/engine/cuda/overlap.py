@@ -1,0 +1,42 @@
+"""Kernels that start while the one before them ends (programmatic dependent launch, Hopper and later).
+
+A kernel launched so waits in ``begin`` until all before it is complete, and before that reads and writes nothing; it
+also lets the next one start. Meanwhile it may ask for weights to come to the L2 cache: that is a hint, and harmless.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+import triton
+import triton.language as tl
+
+# Weights larger than this are not asked for ahead: they would push each other out of the L2 cache (50 MB on H100).
+MOST_AHEAD = 2**25
+
+
+@triton.jit
+def begin(OVERLAP: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Before this, a kernel may compute addresses and ``fetch_ahead``."""
+    if OVERLAP:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+
+
+@triton.jit
+def fetch_ahead(pointers):  # type: ignore[no-untyped-def]
+    """Ask for the 128-byte lines of these addresses, which must be valid, to come to the L2 cache."""
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; // $0", "=r,l", [pointers.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1
+    )
+
+
+def launch(device: torch.device) -> dict[str, bool]:
+    """What a kernel that has ``OVERLAP`` and begins as it must is launched with."""
+    return {"OVERLAP": True, "launch_pdl": True} if _supported(device) else {"OVERLAP": False}
+
+
+@cache
+def _supported(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
