@@ -80,7 +80,10 @@ def jobs(processes: RankProcesses, path: Path, expert_map: ExpertMap, **changes:
     24 blocks of 8 tokens hold three to four of a rank's requests; a step takes 24 tokens, less than most prompts.
     """
     settings: dict = {"block_size": 8, "kv_blocks": 24, "max_num_batched_tokens": 24, "max_num_seqs": 8}
-    config = EngineConfig(model=str(path), device=DEVICE, max_model_len=128, collective_timeout_s=30.0, **settings)
+    # On a GPU decodes are captured, but for batches of more than 2.
+    config = EngineConfig(
+        model=str(path), device=DEVICE, max_model_len=128, collective_timeout_s=30.0, cuda_graphs=(1, 2), **settings
+    )
     size = max(expert_map.num_ranks, 1)
     store = processes.store()
     requests = [(name, prompt, LATE.get(name, 0)) for name, prompt in prompts().items()]

@@ -1,0 +1,58 @@
+"""Whole models on a GPU: logits of prefill and decode against ``transformers``, in two dtypes, captured or not."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+import tiny_models
+import torch
+from transformers import AutoModelForCausalLM
+
+from actors.engine.batch import Batch, Slice
+from actors.engine.config import EngineConfig
+from actors.engine.experts.exchange import SoloExchange
+from actors.engine.experts.planner import Shape, plan
+from actors.engine.experts.routing import Routing
+from actors.engine.model import summarize
+from actors.engine.runner import ModelRunner
+from actors.wire import SamplingParams
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+PROMPT, DECODES, BLOCK = 29, 8, 8
+# Of the norm of all logits. In bfloat16 two implementations that round in different places differ by this much.
+LIMITS = {"float32": 1e-4, "bfloat16": 2e-2}
+
+
+@pytest.mark.parametrize("graphs", [(1, 2), ()], ids=["captured", "eager"])
+@pytest.mark.parametrize("dtype", LIMITS)
+@pytest.mark.parametrize("family", tiny_models.FAMILIES)
+def test_logits_are_those_of_transformers(family: str, dtype: str, graphs: tuple[int, ...], tmp_path: Path) -> None:
+    path = tiny_models.build(family, tmp_path)
+    draw = random.Random(11)
+    tokens = [draw.randrange(tiny_models.VOCAB) for _ in range(PROMPT + DECODES)]
+    reference = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype)).cuda()
+    with torch.inference_mode():
+        expected = reference(torch.tensor([tokens], device="cuda")).logits[0, PROMPT - 1 :].double()
+    figures = summarize(path)
+    config = EngineConfig(
+        model=str(path), dtype=dtype, device="cuda", block_size=BLOCK, kv_blocks=24, max_model_len=96, max_num_seqs=2,
+        max_num_batched_tokens=64, cuda_graphs=graphs,
+    )  # fmt: skip
+    slots = plan(Shape(figures.num_moe_layers, figures.num_experts), (0,))
+    runner = ModelRunner(config, Routing(slots, 0), SoloExchange())
+    runner.warm_up()
+    blocks = draw.sample(range(24), 5)
+
+    def step(start: int, end: int) -> torch.Tensor:
+        part = Slice("x", tokens[start:end], start, blocks, True, [], [], SamplingParams(max_tokens=1))
+        return runner.step(Batch((part,)), [end - start]).double().clone()
+
+    rows = [step(0, PROMPT), *(step(at, at + 1) for at in range(PROMPT, PROMPT + DECODES))]
+    got = torch.cat(rows)
+    assert got.shape == expected.shape
+    error = float((got - expected).norm() / expected.norm())
+    print(f"{family} {dtype}: {error:.1e}")
+    assert error < LIMITS[dtype]
