@@ -11,11 +11,12 @@ through as many weights as no cache holds, per call; bytes are weights read once
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ import shapes
 import torch
 from torch.nn.functional import linear
 
+from actors.engine.cuda import overlap
 from actors.engine.cuda.elementwise import add_rms_norm, rms_norm, silu_and_mul
 from actors.engine.cuda.fuse import fuse
 from actors.engine.cuda.linear import FEW_ROWS, FewRows, Tiles, tiles
@@ -245,25 +247,38 @@ def whole(table: list[str]) -> None:
         ids = (torch.arange(rows, device=DEVICE) * 997 % VOCABULARY)[None]
         return lambda: body(input_ids=ids, position_ids=ids % 4096, use_cache=False).last_hidden_state
 
-    results: list[list[Any]] = []
+    own: dict[int, tuple[torch.Tensor, int, float]] = {}
     with torch.inference_mode(), trial.recorded() as calls:
-        for fused in (False, True):
-            if fused:
-                started = time.monotonic()
-                fuse(model)
-                table.append(f"\nfused {LAYERS} layers in {time.monotonic() - started:.1f} s, compilation included")
-            for rows in ROWS:
-                run = step(rows)
-                result = run().clone()
-                results.append([result, kernels(run), microseconds([run] * 3)])
-                calls.clear()
-        table.append(f"{LAYERS} layers without attention and experts:")
-        table.append(f"{'rows':>6}{'own us':>10}{'fused us':>10}{'a layer':>10}{'own kernels':>14}{'fused':>8}")
-        for i, rows in enumerate(ROWS):
-            (own, own_kernels, own_us), (found, found_kernels, found_us) = results[i], results[i + len(ROWS)]
-            check(f"{LAYERS} layers, {rows} rows", found[0], own[0], 2e-2)
-            row = f"{rows:>6}{own_us:>10.0f}{found_us:>10.0f}{found_us / LAYERS:>10.1f}"
-            table.append(f"{row}{own_kernels:>14}{found_kernels:>8}")
+        for rows in ROWS:
+            run = step(rows)
+            own[rows] = run().clone(), kernels(run), microseconds([run] * 3)
+            calls.clear()
+        started = time.monotonic()
+        fuse(model)
+        table.append(f"\nfused {LAYERS} layers in {time.monotonic() - started:.1f} s, compilation included")
+        table.append(f"{LAYERS} layers without attention and experts, us (kernels in brackets):")
+        table.append(f"{'rows':>6}{'own':>16}{'fused, each by itself':>24}{'overlapped':>16}{'that a layer':>14}")
+        for rows in ROWS:
+            run = step(rows)
+            result, count, microseconds_own = own[rows]
+            check(f"{LAYERS} layers, {rows} rows", run()[0], result[0], 2e-2)
+            with apart():
+                alone = microseconds([run] * 3)
+            found = microseconds([run] * 3)
+            cells = f"{microseconds_own:9.0f} ({count})", f"{alone:.0f}", f"{found:9.0f} ({kernels(run)})"
+            table.append(f"{rows:>6}{cells[0]:>16}{cells[1]:>24}{cells[2]:>16}{found / LAYERS:>14.1f}")
+            calls.clear()
+
+
+@contextlib.contextmanager
+def apart() -> Iterator[None]:
+    """No kernel starts before the one before it has ended."""
+    supported = overlap._supported
+    overlap._supported = lambda device: False  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        overlap._supported = supported
 
 
 def main() -> None:

@@ -255,7 +255,8 @@ def load(path: Path, dtype: str) -> MoEModel:
     model = MoEModel(path, dtype)
     summary = model.summary
     routing = Routing(plan(Shape(summary.num_moe_layers, summary.num_experts), (0,)), 0)
-    model.allocate_slots(routing.num_slots, DEVICE)
+    model.allocate_slots(routing.num_slots, DEVICE, 64)
+    model.experts = model.host_experts()
     model.experts.adopt(routing, SoloExchange())
     loader = WeightLoader(model, DEVICE)
     with torch.inference_mode():
@@ -321,7 +322,7 @@ def test_models_give_the_same_logits(family: str, dtype: str, tmp_path: Path, ca
         assert (kind in line) == (family not in families), line
     if family not in UNFUSED["attentions"]:
         assert f"{layers} attentions" in line
-    tolerance = 1e-5 if dtype == "float32" else 2e-2
+    tolerance = 5e-5 if dtype == "float32" else 2e-2
     assert_near(logits_of(model, paged), expected, tolerance)
 
 
