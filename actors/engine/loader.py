@@ -92,15 +92,20 @@ class Loader(ABC):
     def request_expert(self, layer: int, expert: int) -> Future[Any]:
         """``make_expert`` in a thread beside this one; one at a time, in the order of the requests.
 
-        What a device needs for it is queued on a stream of its own, so a step that runs meanwhile does not wait.
+        What a device needs for it is queued on a stream of its own, so a step that runs meanwhile does not wait. On a
+        CPU, whose cores such a thread would take from the step, it is done when this returns.
         """
-        if self._worker is None:
-            self._worker = ThreadPoolExecutor(1, thread_name_prefix="experts")
 
         def make() -> Any:
             with torch.inference_mode():
                 return self.make_expert(layer, expert)
 
+        if self.device.type == "cpu":
+            made: Future[Any] = Future()
+            made.set_result(make())
+            return made
+        if self._worker is None:
+            self._worker = ThreadPoolExecutor(1, thread_name_prefix="experts")
         return self._worker.submit(make)
 
     def close(self) -> None:  # noqa: B027 (not every source has files)
