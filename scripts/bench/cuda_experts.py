@@ -288,7 +288,8 @@ def tune(experts: CudaExperts) -> list[str]:
                 try:
                     found.append((Block(experts, rows).time(repeats(rows) // 2), candidate))
                 except Exception as failure:  # too much shared memory, most likely
-                    print(f"  {product} {candidate}: {type(failure).__name__} {str(failure)[:80]}")
+                    print(f"  {product} {candidate}: {failure.__cause__ or failure}"[:120])
+                    experts.adopt(whole(LAYERS), SoloExchange())
             present_time = found[0][0]
             best = "  ".join(f"{tuple(shape)} {us:.1f}" for us, shape in sorted(found)[:3])
             lines.append(f"{rows:5} rows {product:8} now {tuple(now[product])} {present_time:.1f} us; best: {best}")

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from cuda_experts import EXPERTS, HIDDEN, INNER, LAYERS, TOP_K, Block, Gated, draw, error, halves, make, whole
+from cuda_experts import EXPERTS, HIDDEN, INNER, LAYERS, Block, Gated, draw, error, halves, make, whole
 
 from actors.engine.cuda.peers import CudaPeers, PeerWindows
 from actors.engine.experts.exchange import Exchange, PeerLost, SoloExchange
@@ -88,9 +88,7 @@ def _pair(index: int, port: int) -> list[dict[str, Any]]:
         experts.window.results.fill_(float("nan"))
         if not rows:
             experts.finish()
-        inputs = [
-            draw(max(rows, 1), hidden, torch.float32, device, 10 * step + index, seed) for seed in (TOP_K,) * layers
-        ]
+        inputs = [draw(max(rows, 1), hidden, torch.float32, device, 100 * step + 10 * index + i) for i in range(layers)]
         for layer in range(layers if rows else 0):
             result = experts.forward(layer, *inputs[layer])
             own = alone.forward(layer, *inputs[layer])

@@ -24,6 +24,8 @@ from actors.engine.quantization import SCALE
 
 # Pairs that a program of the dispatch enters at a time, and columns that one of the combination sums.
 _PAIRS = 256
+# The fewest programs that dispatch: peers may have more rows than a graph was captured with.
+_PROGRAMS = 8
 _COLUMNS = 512
 
 
@@ -204,7 +206,7 @@ class CudaExperts:
 
     def _dispatch(self, layer: int, hidden: torch.Tensor, ids: torch.Tensor) -> None:
         rows = len(hidden) if self.routing.local[layer] else max(len(hidden), *self._tokens)
-        route.dispatch[(min(self.processors, max(1, rows)),)](
+        route.dispatch[(min(self.processors, max(_PROGRAMS, rows)),)](
             hidden, ids, self.window.received, self.own_rows, self.chosen, self._table, self._local, *self._group,
             self._arrived, self._count, self._index, self._void,
             layer, self._num_slots, self._capacity, self.max_rows, self.window.layout.ids, self.window.layout.counts,
@@ -223,7 +225,7 @@ class CudaExperts:
     def _multiply(self, layer: int, hidden: torch.Tensor) -> None:
         """Both products, for all pairs that stand here."""
         products, slots = self._products[layer], max(1, self._num_slots)
-        # Tiles and programs suit the rows that this step has here when they are spread evenly; any others work too.
+        # Tiles suit the rows that this step has here when they are spread evenly; any others work too.
         pairs = max(len(hidden), sum(self._tokens) // len(self._tokens)) * self.top_k
         kernels = products.kernels
         up, down = (kernels.shape(self.dtype, pairs / slots, product) for product in ("expand", "contract"))
@@ -239,7 +241,7 @@ class CudaExperts:
                 raise RuntimeError("these experts' activation can't be captured: run without CUDA graphs")
             rows = max(1, sum(self._tokens) * self.top_k)
             inner = torch.empty(rows, products.up_columns, dtype=self.dtype, device=self.device)
-        kernels.expand[(self._programs(up, pairs, products.activated),)](
+        kernels.expand[(self.processors * up.per_processor,)](
             hidden, self.window.received, products.up, products.up_beside, inner, self._count, self._index,
             self._members, self._local, self._turn, self._computed,
             layer, self._num_slots, self._capacity, self.max_rows, products.limit, products.alpha,
@@ -248,7 +250,7 @@ class CudaExperts:
         )  # fmt: skip
         if not products.gate:
             inner = products.activate(inner)
-        kernels.contract[(self._programs(down, pairs, self.hidden),)](
+        kernels.contract[(self.processors * down.per_processor,)](
             inner, products.down, products.down_beside, self.window.results, self._count, self._index, self._members,
             self._windows, self._num_slots, self._capacity, self.max_rows,
             N=self.hidden, K=products.activated, **common,
@@ -258,9 +260,6 @@ class CudaExperts:
     @property
     def _launch(self) -> dict[str, bool]:
         return {"OVERLAP": True, "launch_pdl": True} if self.overlap else {"OVERLAP": False}
-
-    def _programs(self, shape: gemm.Shape, pairs: int, columns: int) -> int:
-        return min(self.processors * shape.per_processor, max(1, pairs) * triton.cdiv(columns, shape.columns))
 
 
 class _Products:
