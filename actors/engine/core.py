@@ -303,6 +303,7 @@ class EngineCore:
 
     def _switch(self) -> None:
         """Leaves the present epoch for the prepared one: all its members are in this method at the same step."""
+        self._runner.wait()  # nothing of the old epoch may still be under way on a device
         started = time.monotonic()
         standby, former = self._prepared(), self._exchange
         self._standby = None

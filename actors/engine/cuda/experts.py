@@ -37,7 +37,7 @@ class CudaExperts:
     ``finish`` stays good whatever is adopted later and however many rows peers have; ``begin`` belongs outside it.
 
     ``layers`` are this rank's slots by MoE layer; ``max_rows`` the most rows of one rank in one step; ``max_ranks`` the
-    size to which the group may grow. ``chosen [layers, experts]`` (int64, on the device) counts how often this rank's
+    size to which the group may grow, ``most_rows`` the most that a rank has in this step. ``chosen [layers, experts]`` (int64, on the device) counts how often this rank's
     tokens chose each expert, ``computed`` the pairs that this rank computed; reading either waits for the device.
     """
 
@@ -91,6 +91,7 @@ class CudaExperts:
         width = max((products.activated for products in self._products if products.gate), default=0)
         self._inner = torch.empty(max_rows * max_ranks * top_k * width, dtype=dtype, device=device)
         self._next = count
+        self.most_rows = 0
         self.exchange: Exchange = SoloExchange()
 
     @property
@@ -164,6 +165,7 @@ class CudaExperts:
                 f"a rank has {max(tokens_per_rank)} tokens in a step; windows were made for {self.max_rows}"
             )
         self._tokens = list(tokens_per_rank)
+        self.most_rows = max(self._tokens)
         self._next = 0
 
     def forward(self, layer: int, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
@@ -216,7 +218,7 @@ class CudaExperts:
     def _combine(self, layer: int, ids: torch.Tensor, weights: torch.Tensor, output: torch.Tensor) -> None:
         width = min(_COLUMNS, triton.next_power_of_2(self.hidden))
         items = len(output) * triton.cdiv(self.hidden, width)
-        route.combine[(min(4 * self.processors, max(1, items)),)](
+        route.combine[(min(32 * self.processors, max(1, items)),)](
             ids, weights, self.window.results, output, self.own_rows, self._table, self._local, *self._group,
             self._arrived, self._count, self._void, layer, len(output), self._num_slots,
             **self._sizes, SLOTS=triton.next_power_of_2(max(1, self._num_slots)), WIDTH=width, **self._launch,

@@ -72,7 +72,7 @@ class CudaSteps:
 
     def run(self, batch: Batch) -> torch.Tensor:
         count = batch.num_tokens
-        size = self._size_of(batch) if self.model.experts is self._experts else None
+        size = self._size_of(batch) if self._captured_suits else None
         self.inputs.fill(batch, None if size is None else lambda _: size)
         self.model.attention.begin(self.inputs)
         if size in self._graphs:
@@ -87,18 +87,28 @@ class CudaSteps:
 
     def idle(self) -> None:
         self.inputs.fill(EMPTY)
-        if self._idle is not None and self.model.experts is self._experts:
+        if self._idle is not None and self._captured_suits:
             self._idle.replay()
         else:
             self.model.experts.finish()
 
+    @property
+    def _captured_suits(self) -> bool:
+        """Whether this step's rows may be few and its exchange is the one that graphs have.
+
+        Right it would be in any case, but tiles for a few rows are slow where a peer has thousands.
+        """
+        experts = self.model.experts
+        return bool(self.sizes) and experts is self._experts and experts.most_rows <= self.sizes[-1]
+
     def wait(self) -> None:
-        if isinstance(self.model.experts, CudaExperts):
-            exchange = self.model.experts.exchange
-            if isinstance(exchange, CudaPeers):
-                self._done.record()
-                exchange.wait(self._done, self.config.collective_timeout_s)
-                self.model.experts.check()
+        self._done.record()
+        experts = self.model.experts
+        if isinstance(experts, CudaExperts) and isinstance(experts.exchange, CudaPeers):
+            experts.exchange.wait(self._done, self.config.collective_timeout_s)
+            experts.check()
+        else:
+            self._done.synchronize()
 
     def warm_up(self) -> None:
         started, before = time.monotonic(), torch.cuda.mem_get_info()[0]
