@@ -37,8 +37,9 @@ class CudaExperts:
     ``finish`` stays good whatever is adopted later and however many rows peers have; ``begin`` belongs outside it.
 
     ``layers`` are this rank's slots by MoE layer; ``max_rows`` the most rows of one rank in one step; ``max_ranks`` the
-    size to which the group may grow, ``most_rows`` the most that a rank has in this step. ``chosen [layers, experts]`` (int64, on the device) counts how often this rank's
-    tokens chose each expert, ``computed`` the pairs that this rank computed; reading either waits for the device.
+    size to which the group may grow, ``most_rows`` the most that a rank has in this step. ``chosen [layers, experts]``
+    (int64, on the device) counts how often this rank's tokens chose each expert, ``computed`` the pairs that this rank
+    computed; reading either waits for the device.
     """
 
     def __init__(
