@@ -18,7 +18,7 @@ from actors.engine.experts.slots import StackedSlots
 from actors.engine.model import MoEModel
 
 Progress = Callable[[int, int], None]
-_TELL_S = 0.25
+_TELL_S = 1.0
 
 
 class Loader(ABC):
@@ -39,7 +39,7 @@ class Loader(ABC):
         self._worker: ThreadPoolExecutor | None = None
 
     def watch(self, progress: Progress, slots: Sequence[Sequence[int]]) -> None:
-        """From now on ``progress(done, total)`` is told the bytes in their places, a few times a second.
+        """From now on ``progress(done, total)`` is told the bytes in their places, once a second and at the end.
 
         ``total`` is what ``load_dense`` and ``load_experts(slots)`` fill together.
         """
