@@ -85,7 +85,11 @@ class EngineCore:
         ``report`` is told what is being done. Raises ValueError on a checkpoint or configuration that can't work.
         """
         report(f"loading weights of {config.model}")
-        runner = ModelRunner(config, Routing(expert_map, index), SoloExchange())
+
+        def progress(done: int, total: int) -> None:
+            report(f"loading weights of {config.model}: {done / 2**30:.1f} of {total / 2**30:.1f} GiB")
+
+        runner = ModelRunner(config, Routing(expert_map, index), SoloExchange(), progress)
         report("warming up")
         runner.warm_up()
         return cls(rank, config, runner, Mailbox(ip, keys))
@@ -210,7 +214,8 @@ class EngineCore:
             if self._waves.running:
                 self._lockstep()
             if self._on_prefetched is not None:
-                self._prepared().load_next(self._runner)
+                if not self._prepared().load_next(self._runner) and not self._waves.running:
+                    time.sleep(IDLE_STEP_S)  # it is being read beside
                 self._report_prefetched()
             self._publish_stats()
         self._flush()

@@ -7,6 +7,7 @@ import functools
 import logging
 import threading
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
 from typing import Any
 
 import torch
@@ -19,8 +20,9 @@ from actors.engine.experts.exchange import Exchange, PeerLost, SoloExchange
 from actors.engine.experts.layer import Experts, ExpertsBroken
 from actors.engine.experts.mesh import MeshExchange
 from actors.engine.experts.routing import Routing
-from actors.engine.loader import Loader
+from actors.engine.loader import Loader, Progress
 from actors.engine.model import MoEModel
+from actors.engine.quantization import blocks_of
 from actors.engine.steps import EagerSteps, Steps
 from actors.engine.weights import open_loader
 
@@ -38,10 +40,13 @@ class ModelRunner:
     """Loads the model and runs steps. One thread uses it.
 
     ``exchange`` may belong to a smaller group (a rank that has not joined yet) as long as ``adopt`` comes before the
-    first step. Raises ValueError on a configuration that cannot work (map, checkpoint, dtype, too few KV blocks).
+    first step. ``progress(done, total)`` is told the bytes of weights in their places. Raises ValueError on a
+    configuration that cannot work (map, checkpoint, dtype, too few KV blocks).
     """
 
-    def __init__(self, config: EngineConfig, routing: Routing, exchange: Exchange) -> None:
+    def __init__(
+        self, config: EngineConfig, routing: Routing, exchange: Exchange, progress: Progress | None = None
+    ) -> None:
         torch.set_num_threads(config.threads)
         self.config = config
         self.device = torch.device(config.device)
@@ -52,15 +57,20 @@ class ModelRunner:
                 f"max_model_len is {config.max_model_len}, but {config.model} has {self.summary.max_positions} "
                 f"positions; lower max_model_len"
             )
+        blocks = blocks_of(config.model) if config.quantization == "auto" else None
         if self.device.type == "cuda":
             from actors.engine.cuda import memory
 
-            self._weights = memory.weights_of(self.model, routing.num_slots)
+            self._weights = memory.weights_of(self.model, routing.num_slots, blocks)
             memory.check(self._weights, torch.cuda.mem_get_info()[0], config.min_data_parallel_size)
         self._other: Experts | None = None
-        self.model.allocate_slots(routing.num_slots, self.device, config.max_num_batched_tokens, config.max_ranks)
+        self.model.allocate_slots(
+            routing.num_slots, self.device, config.max_num_batched_tokens, config.max_ranks, blocks
+        )
         self.adopt(routing, exchange)
         self.loader: Loader = open_loader(self.model, self.device, config.load_format, config.seed)
+        if progress is not None:
+            self.loader.watch(progress, routing.own_slots)
         with torch.inference_mode():
             self.loader.load_dense()
             if self.device.type == "cuda":
@@ -131,10 +141,9 @@ class ModelRunner:
             self.model.experts.finish()
             raise StepFailed(f"the model raised {type(error).__name__}: {error}") from error
 
-    @torch.inference_mode()
-    def make_expert(self, layer: int, expert: int) -> Any:
-        """Reads one expert of a MoE layer from the checkpoint, ready for ``put_expert``."""
-        return self.loader.make_expert(layer, expert)
+    def request_expert(self, layer: int, expert: int) -> Future[Any]:
+        """One expert of a MoE layer, ready for ``put_expert``: see ``Loader``."""
+        return self.loader.request_expert(layer, expert)
 
     @torch.inference_mode()
     def put_expert(self, layer: int, slot: int, made: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
+from concurrent.futures import Future
 from datetime import timedelta
 from typing import Any
 
@@ -36,6 +37,7 @@ class Standby:
         if rank in present.ranks and self.index is not None:
             layouts = (present.ranks, present_map), (epoch.ranks, expert_map)
             self._todo.extend(move for move in moves(*layouts) if move.rank == rank)
+        self._reading: tuple[Move, Future[Any]] | None = None
         self._made: list[tuple[Move, Any]] = []  # to be put into their slots at the switch
 
     def connect(self, store: str, address: str, timeout_s: float, runner: ModelRunner) -> None:
@@ -64,17 +66,26 @@ class Standby:
     @property
     def complete(self) -> bool:
         """Whether all experts are read that the epoch wants here."""
-        return not self._todo
+        return not self._todo and self._reading is None
 
-    def load_next(self, runner: ModelRunner) -> None:
-        """Reads one expert. A slot that the present epoch does not use takes it at once, another one at the switch."""
-        move = self._todo.popleft()
-        made = runner.make_expert(move.layer, move.expert)
+    def load_next(self, runner: ModelRunner) -> bool:
+        """Requests an expert, or takes the one requested, if it has come: says whether it has.
+
+        A slot that the present epoch does not use gets it at once, another one at the switch.
+        """
+        if self._reading is None:
+            move = self._todo.popleft()
+            self._reading = move, runner.request_expert(move.layer, move.expert)
+        move, request = self._reading
+        if not request.done():
+            return False
+        self._reading = None
         if move.was_free:
-            runner.put_expert(move.layer, move.slot, made)
+            runner.put_expert(move.layer, move.slot, request.result())
         else:
-            self._made.append((move, made))
+            self._made.append((move, request.result()))
         self.loaded += 1
+        return True
 
     @property
     def joiners_here(self) -> bool:

@@ -27,6 +27,7 @@ _PAIRS = 256
 # The fewest programs that dispatch: peers may have more rows than a graph was captured with.
 _PROGRAMS = 8
 _COLUMNS = 512
+_OVERLAPPED_ROWS = 16
 
 
 class CudaExperts:
@@ -213,7 +214,7 @@ class CudaExperts:
             hidden, ids, self.window.received, self.own_rows, self.chosen, self._table, self._local, *self._group,
             self._arrived, self._count, self._index, self._void,
             layer, self._num_slots, self._capacity, self.max_rows, self.window.layout.ids, self.window.layout.counts,
-            **self._sizes, BLOCK=_PAIRS, WIDTH=triton.next_power_of_2(self.hidden), **self._launch,
+            **self._sizes, BLOCK=_PAIRS, WIDTH=triton.next_power_of_2(self.hidden), **self._launch(hidden),
         )  # fmt: skip
 
     def _combine(self, layer: int, ids: torch.Tensor, weights: torch.Tensor, output: torch.Tensor) -> None:
@@ -222,7 +223,7 @@ class CudaExperts:
         route.combine[(min(32 * self.processors, max(1, items)),)](
             ids, weights, self.window.results, output, self.own_rows, self._table, self._local, *self._group,
             self._arrived, self._count, self._void, layer, len(output), self._num_slots,
-            **self._sizes, SLOTS=triton.next_power_of_2(max(1, self._num_slots)), WIDTH=width, **self._launch,
+            **self._sizes, SLOTS=triton.next_power_of_2(max(1, self._num_slots)), WIDTH=width, **self._launch(hidden),
         )  # fmt: skip
 
     def _multiply(self, layer: int, hidden: torch.Tensor) -> None:
@@ -237,7 +238,7 @@ class CudaExperts:
             "BIASED": products.biased, "PRECISION": "ieee" if self.dtype == torch.float32 else "tf32",
         }  # fmt: skip
         if kernels is gemm:
-            common |= self._launch
+            common |= self._launch(hidden)
         inner = self._inner
         if not products.gate:
             if hidden.is_cuda and torch.cuda.is_current_stream_capturing():
@@ -260,9 +261,10 @@ class CudaExperts:
             BM=down.rows, BN=down.columns, BK=down.depth, num_warps=down.warps, num_stages=down.stages,
         )  # fmt: skip
 
-    @property
-    def _launch(self) -> dict[str, bool]:
-        return {"OVERLAP": True, "launch_pdl": True} if self.overlap else {"OVERLAP": False}
+    def _launch(self, hidden: torch.Tensor) -> dict[str, bool]:
+        """Kernels that start early take the place of those that still work, which pays for a few rows only."""
+        overlaps = self.overlap and len(hidden) <= _OVERLAPPED_ROWS
+        return {"OVERLAP": True, "launch_pdl": True} if overlaps else {"OVERLAP": False}
 
 
 class _Products:

@@ -192,18 +192,19 @@ def shape(dtype: torch.dtype, rows: float, product: str) -> Shape:
     return _SHAPES[product][-1][1]
 
 
-# Measured on one H100 in bfloat16 (scripts/bench/cuda_experts.py); both products need the same number of rows.
+# Measured on one H100 in bfloat16 (scripts/bench/cuda_experts.py, 2026-11-25). Both products need tiles of as many
+# rows.
 _SHAPES = {
     "expand": [
         (24, Shape(16, 32, 128, 4, 4, 3)),
-        (48, Shape(32, 64, 128, 4, 3, 2)),
-        (128, Shape(64, 128, 64, 8, 4, 1)),
-        (float("inf"), Shape(128, 128, 64, 8, 4, 1)),
+        (64, Shape(64, 64, 128, 4, 3, 1)),
+        (256, Shape(128, 128, 64, 8, 4, 1)),
+        (float("inf"), Shape(128, 128, 64, 8, 3, 1)),
     ],
     "contract": [
         (24, Shape(16, 64, 128, 4, 4, 3)),
-        (48, Shape(32, 64, 128, 4, 4, 2)),
-        (128, Shape(64, 128, 64, 4, 4, 2)),
+        (64, Shape(64, 128, 64, 4, 4, 2)),
+        (256, Shape(128, 256, 64, 8, 4, 1)),
         (float("inf"), Shape(128, 256, 64, 8, 3, 1)),
     ],
 }
