@@ -55,6 +55,13 @@ SWEEP = {
              (32, 128, 1, 6, 4)],
 }  # fmt: skip
 
+# The same, with the rows of a tile: whether more rows should go through our kernel.
+MORE_ROWS = {
+    "q k v": [(64, 128, 2, 3, 4, 64), (64, 128, 4, 3, 8, 64), (128, 64, 4, 4, 4, 64), (64, 64, 1, 5, 4, 64)],
+    "o": [(64, 128, 8, 3, 4, 64), (64, 128, 4, 3, 8, 64), (128, 64, 8, 4, 4, 64), (32, 128, 4, 4, 4, 64)],
+    "head": [(128, 64, 1, 4, 4, 64), (128, 128, 1, 3, 8, 64)],
+}
+
 
 def random(*shape: int, scale: float = 1.0) -> torch.Tensor:
     return (torch.randn(shape, device=DEVICE) * scale).to(DTYPE)
@@ -219,9 +226,12 @@ def products(table: list[str], bandwidth: float, sweep: bool) -> None:
         for cut in SWEEP.get(name, []) if sweep else []:
             times = [few_rows(random(rows, inner), weights, Tiles(*cut)) for rows in (1, 16)]
             swept.append(f"{name:8}{tuple(cut)!s:24}" + "".join(f"{t:>9.1f}" for t in times))
+        for cut in MORE_ROWS.get(name, []) if sweep else []:
+            times = [few_rows(random(rows, inner), weights, Tiles(*cut)) for rows in (32, 64)]
+            swept.append(f"{name:8}{tuple(cut)!s:24}" + "".join(f"{t:>9.1f}" for t in times) + "  at 32 and 64 rows")
         swept.append(f"{name:8}built in: {tuple(tiles(outputs, inner))}") if sweep else None
     if swept:
-        table += ["\ntiles (columns, inner, splits, stages, warps), us at 1 and 16 rows:", *swept]
+        table += ["\ntiles (columns, inner, splits, stages, warps, rows), us at 1 and 16 rows:", *swept]
 
 
 def few_rows(x: torch.Tensor, weights: Sequence[torch.Tensor], cut: Tiles | None) -> float:

@@ -196,7 +196,7 @@ class _Attention:
         if query is not None and key is not None:
             if len(query.weight) == self.heads.width and len(key.weight) == self.heads.width:
                 self.heads = Heads(*sizes, query.weight, key.weight, query.epsilon, query.round_before_scale)
-            else:
+            elif [len(query.weight), len(key.weight)] == inner.sizes[:2]:
                 first, second = inner.sizes[0], inner.sizes[0] + inner.sizes[1]
                 self.wide_norms = [(slice(first), query), (slice(first, second), key)]
 

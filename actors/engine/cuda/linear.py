@@ -18,18 +18,22 @@ import triton.language as tl
 
 from actors.engine.cuda.overlap import MOST_AHEAD, begin, fetch_ahead, launch
 
-# The most rows our kernel takes: one tile of the matrix units. More go through torch's product.
+# The most rows of a layer that our kernel takes: one tile of the matrix units. More go through torch's product.
 FEW_ROWS = 16
 
 
 class Tiles(NamedTuple):
-    """How our kernel cuts a product: output columns and inner elements per program, parts of the inner axis."""
+    """How our kernel cuts a product: output columns and inner elements per program, parts of the inner axis.
+
+    A program takes all rows, at most ``rows``: 16, 32 or 64.
+    """
 
     columns: int
     inner: int
     splits: int
     stages: int
     warps: int
+    rows: int = FEW_ROWS
 
 
 def tiles(outputs: int, inner: int) -> Tiles:
@@ -126,7 +130,7 @@ def lines_ahead(weight: torch.Tensor, inner: int) -> int:
 
 
 class FewRows:
-    """``x [n, in] -> [n, out]`` for ``n <= FEW_ROWS``, ``weight [out, in]``, ``bias [out]`` or None; of one dtype.
+    """``x [n, in] -> [n, out]`` for ``n <= cut.rows``, ``weight [out, in]``, ``bias [out]`` or None; of one dtype.
 
     Sums in float32, in an order that does not depend on ``n``; gives ``dtype``, by default that of ``x``. One stream
     at a time may use it.
@@ -155,7 +159,7 @@ class FewRows:
         _few_rows[self._grid](
             x, self.weight, self.weight if self.bias is None else self.bias, output, parts, self._counters,
             rows, outputs,
-            WIDTH=inner, BIAS=self.bias is not None, ROWS=FEW_ROWS, COLUMNS=cut.columns, INNER=cut.inner,
+            WIDTH=inner, BIAS=self.bias is not None, ROWS=cut.rows, COLUMNS=cut.columns, INNER=cut.inner,
             SPLITS=cut.splits, STEPS=self._steps, STAGES=cut.stages, LINES=self._lines,
             num_warps=cut.warps, **launch(x.device),
         )  # fmt: skip

@@ -72,7 +72,7 @@ def assert_near(found: torch.Tensor, expected: torch.Tensor, tolerance: float) -
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     ("inner", "outputs", "cut"),
-    [(64, 48, None), (96, 130, None), (600, 40, Tiles(16, 128, 2, 3, 4)), (1024, 33, Tiles(32, 64, 8, 3, 4))],
+    [(64, 48, None), (96, 130, None), (600, 40, Tiles(16, 128, 2, 3, 4)), (1024, 33, Tiles(32, 64, 8, 3, 4, 32))],
 )
 def test_a_product_of_few_rows(dtype: torch.dtype, inner: int, outputs: int, cut: Tiles | None) -> None:
     weight, bias, x = random(outputs, inner, dtype=dtype), random(outputs, dtype=dtype), random(16, inner, dtype=dtype)
