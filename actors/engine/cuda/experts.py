@@ -223,7 +223,7 @@ class CudaExperts:
         route.combine[(min(32 * self.processors, max(1, items)),)](
             ids, weights, self.window.results, output, self.own_rows, self._table, self._local, *self._group,
             self._arrived, self._count, self._void, layer, len(output), self._num_slots,
-            **self._sizes, SLOTS=triton.next_power_of_2(max(1, self._num_slots)), WIDTH=width, **self._launch(hidden),
+            **self._sizes, SLOTS=triton.next_power_of_2(max(1, self._num_slots)), WIDTH=width, **self._launch(output),
         )  # fmt: skip
 
     def _multiply(self, layer: int, hidden: torch.Tensor) -> None:
