@@ -88,7 +88,7 @@ def _launch_norm(
         x, x.stride(0), x if delta is None else delta, 0 if delta is None else delta.stride(0), weight,
         x if total is None else total, output, output.stride(0), epsilon, width,
         ADD=delta is not None, ROUND_BEFORE_SCALE=round_before_scale, BLOCK=block,
-        num_warps=min(16, max(1, block // 256)), **launch(x.device),
+        num_warps=min(16, max(1, block // 256)), **launch(x.device, count),
     )  # fmt: skip
 
 
@@ -112,5 +112,5 @@ def silu_and_mul(x: torch.Tensor) -> torch.Tensor:
     count = output.numel() // width
     if count:
         block = min(_TILE, triton.next_power_of_2(width))
-        _silu[(count, triton.cdiv(width, block))](x, output, width, BLOCK=block, num_warps=4, **launch(x.device))
+        _silu[(count, triton.cdiv(width, block))](x, output, width, BLOCK=block, num_warps=4, **launch(x.device, count))
     return output

@@ -161,7 +161,7 @@ class FewRows:
             rows, outputs,
             WIDTH=inner, BIAS=self.bias is not None, ROWS=cut.rows, COLUMNS=cut.columns, INNER=cut.inner,
             SPLITS=cut.splits, STEPS=self._steps, STAGES=cut.stages, LINES=self._lines,
-            num_warps=cut.warps, **launch(x.device),
+            num_warps=cut.warps, **launch(x.device, rows),
         )  # fmt: skip
         return output
 

@@ -14,6 +14,8 @@ import triton.language as tl
 
 # Weights larger than this are not asked for ahead: they would push each other out of the L2 cache (50 MB on H100).
 MOST_AHEAD = 2**25
+# Over more rows, kernels that start early take the place of those that still work.
+MOST_ROWS = 64
 
 
 @triton.jit
@@ -32,9 +34,9 @@ def fetch_ahead(pointers):  # type: ignore[no-untyped-def]
     )
 
 
-def launch(device: torch.device) -> dict[str, bool]:
-    """What a kernel that has ``OVERLAP`` and begins as it must is launched with."""
-    return {"OVERLAP": True, "launch_pdl": True} if _supported(device) else {"OVERLAP": False}
+def launch(device: torch.device, rows: int) -> dict[str, bool]:
+    """What a kernel over ``rows`` rows that has ``OVERLAP``, and begins as it must, is launched with."""
+    return {"OVERLAP": True, "launch_pdl": True} if rows <= MOST_ROWS and _supported(device) else {"OVERLAP": False}
 
 
 @cache

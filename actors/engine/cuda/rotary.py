@@ -126,7 +126,7 @@ def split_and_rotate(
             QUERY=heads.query, SHARED=heads.shared, WIDTH=heads.width, ROTATED=heads.rotated,
             ANGLES=cosine.shape[-1], NORM=heads.query_norm is not None,
             ROUND_BEFORE_SCALE=heads.round_before_scale, PAGED=targets is not None, HEADS=tile, BLOCK=block,
-            num_warps=4, **launch(joint.device),
+            num_warps=4, **launch(joint.device, rows),
         )  # fmt: skip
     return query
 

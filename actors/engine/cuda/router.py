@@ -165,7 +165,8 @@ def route(logits: torch.Tensor, choice: Choice) -> tuple[torch.Tensor, torch.Ten
         tile = 1 if rows <= 64 else 4
         _route[(triton.cdiv(rows, tile),)](
             logits, logits if choice.correction is None else choice.correction, weights, ids, choice.factor, rows,
-            ROWS=tile, **_constants(choice, experts), num_warps=1 if experts <= 256 else 4, **launch(logits.device),
+            ROWS=tile, **_constants(choice, experts), num_warps=1 if experts <= 256 else 4,
+            **launch(logits.device, rows),
         )  # fmt: skip
     return weights, ids
 
@@ -223,6 +224,6 @@ class Router:
             WIDTH=inner, BIAS=self.bias is not None, TILE=FEW_ROWS, COLUMNS=_COLUMNS, INNER=_INNER,
             STEPS=steps, SPLITS=_SPLITS, LINES=lines_ahead(self.weight, steps * _INNER),
             ROWS=1 if rows == 1 else 4 if rows <= 4 else FEW_ROWS,
-            **_constants(choice, experts), num_warps=4, **launch(x.device),
+            **_constants(choice, experts), num_warps=4, **launch(x.device, rows),
         )  # fmt: skip
         return logits, weights, ids
