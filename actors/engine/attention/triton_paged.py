@@ -19,7 +19,7 @@ from actors.engine.cuda.paged import store
 PROGRAMS = 264
 # A whole prompt of this many rows or more goes to torch's attention, padded to a multiple of DENSE_STEP because cuDNN
 # makes a plan for every shape it meets.
-DENSE_ROWS, DENSE_STEP = 2048, 256
+DENSE_ROWS, DENSE_STEP = 4096, 256
 DENSE_BACKENDS = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION]
 
 

@@ -141,7 +141,7 @@ def decode_tiles(dtype: torch.dtype, group: int, width: int) -> Tiles:
     rows = power(group)
     if dtype == torch.float32:
         return Tiles(rows, 32 if width <= 128 else 16, 4, 1)
-    return Tiles(rows, 64 if width <= 128 else 32, 4, 3)
+    return Tiles(rows, 32, 4, 5 if width <= 128 else 3)
 
 
 def decode(

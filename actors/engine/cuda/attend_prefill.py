@@ -103,7 +103,7 @@ def _prefill(  # type: ignore[no-untyped-def]
 def prefill_tiles(dtype: torch.dtype, width: int) -> Tiles:
     if dtype == torch.float32:
         return Tiles(16, 32 if width <= 128 else 16, 4, 1)
-    return Tiles(128, 64, 8, 3) if width <= 128 else Tiles(128, 32, 8, 2)
+    return Tiles(128, 64, 8, 5) if width <= 128 else Tiles(128, 32, 8, 2)
 
 
 def prefill(

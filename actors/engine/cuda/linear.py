@@ -37,12 +37,17 @@ class Tiles(NamedTuple):
 
 
 def tiles(outputs: int, inner: int) -> Tiles:
-    """Tiles for weights ``[outputs, inner]``: two programs or more for each of about 132 multiprocessors."""
-    columns = 16 if outputs < 16384 else 64
+    """Tiles for weights ``[outputs, inner]``, as measured on an H100 (scripts/bench/cuda_fuse.py, 2026-11-25).
+
+    More than two programs for each of its 132 multiprocessors, each of which reads its columns in four steps.
+    """
+    if outputs >= 16384:
+        return Tiles(64, 128, 1, 6, 4)
     splits = 1
-    while outputs // columns * splits < 256 and inner // (2 * splits) >= 256:
+    while outputs // 16 * splits < 320 and inner // (2 * splits) >= 256:
         splits *= 2
-    return Tiles(columns, 256 if columns == 16 else 128, splits, 4, 4)
+    step = 512 if inner // splits >= 2048 else 256
+    return Tiles(16, step, splits, 3 if step == 512 else 4, 4)
 
 
 @triton.jit

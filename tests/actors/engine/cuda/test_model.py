@@ -22,7 +22,8 @@ from actors.wire import SamplingParams
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 PROMPT, DECODES, BLOCK = 29, 8, 8
-# Of the norm of all logits. In bfloat16 two implementations that round in different places differ by this much.
+# Of the norm of all logits. Rounding alone can be more than that in bfloat16, these models are tiny: then ours may be
+# no worse than transformers' own.
 LIMITS = {"float32": 1e-4, "bfloat16": 2e-2}
 
 
@@ -34,8 +35,8 @@ def test_logits_are_those_of_transformers(family: str, dtype: str, graphs: tuple
     draw = random.Random(11)
     tokens = [draw.randrange(tiny_models.VOCAB) for _ in range(PROMPT + DECODES)]
     reference = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype)).cuda()
-    with torch.inference_mode():
-        expected = reference(torch.tensor([tokens], device="cuda")).logits[0, PROMPT - 1 :].double()
+    theirs = says(reference, tokens)
+    expected = says(reference.float(), tokens)  # the same weights, as they were rounded
     figures = summarize(path)
     config = EngineConfig(
         model=str(path), dtype=dtype, device="cuda", block_size=BLOCK, kv_blocks=24, max_model_len=96, max_num_seqs=2,
@@ -53,6 +54,13 @@ def test_logits_are_those_of_transformers(family: str, dtype: str, graphs: tuple
     rows = [step(0, PROMPT), *(step(at, at + 1) for at in range(PROMPT, PROMPT + DECODES))]
     got = torch.cat(rows)
     assert got.shape == expected.shape
-    error = float((got - expected).norm() / expected.norm())
-    print(f"{family} {dtype}: {error:.1e}")
-    assert error < LIMITS[dtype]
+    error, own = ((one - expected).norm() / expected.norm() for one in (got, theirs))
+    print(f"{family} {dtype}: relative error {error:.1e}, of transformers {own:.1e}")
+    assert error < max(LIMITS[dtype], 1.25 * own)
+
+
+def says(model: torch.nn.Module, tokens: list[int]) -> torch.Tensor:
+    """Logits of the last prompt token and all after it."""
+    with torch.inference_mode():
+        logits: torch.Tensor = model(torch.tensor([tokens], device="cuda")).logits[0, PROMPT - 1 :].double()
+    return logits
