@@ -40,6 +40,8 @@ _ROW = COLUMNS * _SIZE  # of a panel
 # Steps along ``in`` summed on their own: that much of a panel stays in cache from one tile to the next, and rounding
 # errors grow with the length of a sum.
 _DEEPEST = 512
+# Rows of x that all panels of a task serve before the next ones come: they stay in the second cache meanwhile.
+_BLOCK = 4 * ROWS
 # Rows of x a multiple of this apart would share a few lines of the first cache, so they are moved apart.
 _PAGE = 4096
 # How far ahead, in bytes, a tile asks for weights, into the second cache. From 4 KiB up it matters little how far; with
@@ -161,27 +163,31 @@ def _multiply(task):  # type: ignore[no-untyped-def]
             return
         group, first = index // chunks, index % chunks * chunk
         start, end, weight = spans[3 * group], spans[3 * group + 1], spans[3 * group + 2]
-        tiles = (end - start + ROWS - 1) // ROWS
-        for panel in range(first, min(first + chunk, per_weight)):
-            place = weight * per_weight + panel
-            bias = biases + place * _ROW
-            for below in range(0, depth, _DEEPEST):
-                row = start
-                for number in range(1, tiles + 1):
-                    following = start + (end - start) * number // tiles  # tiles as even as can be
-                    target = out + row * out_step + panel * _ROW
-                    _tile(
-                        following - row,
-                        panels + (place * depth + below) * _ROW,
-                        min(_DEEPEST, depth - below),
-                        x + row * x_step + below * _SIZE,
-                        x_step,
-                        target,
-                        out_step,
-                        target if below else bias,
-                        out_step if below else 0,
-                    )
-                    row = following
+        blocks = (end - start + _BLOCK - 1) // _BLOCK
+        for block in range(blocks):
+            low = start + (end - start) * block // blocks
+            high = start + (end - start) * (block + 1) // blocks
+            tiles = (high - low + ROWS - 1) // ROWS
+            for panel in range(first, min(first + chunk, per_weight)):
+                place = weight * per_weight + panel
+                bias = biases + place * _ROW
+                for below in range(0, depth, _DEEPEST):
+                    row = low
+                    for number in range(1, tiles + 1):
+                        following = low + (high - low) * number // tiles  # blocks and tiles as even as can be
+                        target = out + row * out_step + panel * _ROW
+                        _tile(
+                            following - row,
+                            panels + (place * depth + below) * _ROW,
+                            min(_DEEPEST, depth - below),
+                            x + row * x_step + below * _SIZE,
+                            x_step,
+                            target,
+                            out_step,
+                            target if below else bias,
+                            out_step if below else 0,
+                        )
+                        row = following
 
 
 class Panels:
