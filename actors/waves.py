@@ -101,7 +101,7 @@ class EngineWaves(msgspec.Struct, frozen=True):
 
     Every method returns the next value and the messages for the coordinator, to be sent before the next collective.
     Between a rank's contribution to a sync and its ``synced`` it must take no other event (an engine that drains its
-    inbox at one place of its loop does so by construction).
+    inbox at one place of its loop does so by construction; one that hears requests meanwhile says so afterwards).
     """
 
     epoch: int = 0

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import msgspec
@@ -72,19 +72,30 @@ class Mailbox:
             _receive_all(self._wake_in)
         while self._posted:
             self._posted.popleft()()
-        requests: list[tuple[bytes, wire.ToEngine]] = []
+        requests = self.requests() if self._clients in ready else []
         starts: list[wire.StartWave] = []
-        if self._clients in ready:
-            for frames in _receive_all(self._clients):
-                message = self._decode(wire.to_engine, frames[1:])
-                if message is not None:
-                    requests.append((frames[0], message))
         if self._coordinator is not None and self._coordinator in ready:
             for frames in _receive_all(self._coordinator):
                 start = self._decode(wire.coordinator_to_engine, frames)
                 if start is not None:
                     starts.append(start)
         return requests, starts
+
+    def wait(self, descriptors: Iterable[int], timeout_ms: int) -> None:
+        """Waits until a client has sent something or one of these files can be read, up to ``timeout_ms``."""
+        poller = zmq.Poller()
+        for source in (self._clients, *descriptors):
+            poller.register(source, zmq.POLLIN)
+        poller.poll(timeout_ms)
+
+    def requests(self) -> list[tuple[bytes, wire.ToEngine]]:
+        """What clients have sent, and nothing else. Does not wait."""
+        received = []
+        for frames in _receive_all(self._clients):
+            message = self._decode(wire.to_engine, frames[1:])
+            if message is not None:
+                received.append((frames[0], message))
+        return received
 
     def send(self, client: bytes, message: wire.FromEngine) -> None:
         """Sends to one client; a client that is gone is silently skipped (its requests end by missed beats)."""

@@ -68,6 +68,11 @@ class ModelRunner:
         """Run the next step in another epoch or with another map; experts must stand in their slots already."""
         self.model.experts.adopt(routing, exchange)
 
+    @property
+    def independent(self) -> bool:
+        """Whether no row of a step leaves its rank, on any rank: all have every expert that there is."""
+        return all(self.model.experts.routing.local)
+
     @torch.inference_mode()
     def step(self, batch: Batch, tokens_per_rank: Sequence[int]) -> torch.Tensor:
         """Logits, float32 ``[S, vocab]``, one row for each of ``batch.sampling_slices``.
