@@ -57,9 +57,9 @@ class EngineCore:
         self._on_switched: Callable[[float], None] | None = None
         self._waves = EngineWaves(rank=rank)
         self._last_stats: tuple[int, int, int] | None = None
-        self._heard: dict[bytes, float] = {}
         self._salvage: Salvage | None = None
         self._stopping = False
+        self._syncing = False
         self._counters = {"steps": 0, "dummy_steps": 0, "step_failures": 0}
         self._scheduler = Scheduler(
             BlockPool(runner.num_kv_blocks, config.block_size),
@@ -232,7 +232,6 @@ class EngineCore:
 
     def _hear(self, requests: list[tuple[bytes, wire.ToEngine]]) -> None:
         for client, message in requests:
-            self._heard[client] = time.monotonic()
             match message:
                 case wire.Submit():
                     self._submit(client, message)
@@ -242,10 +241,8 @@ class EngineCore:
                 case wire.Beat():
                     self.mailbox.send(client, wire.Beat(self.epoch.number))
                 case wire.Attach():
-                    self.mailbox.send(
-                        client,
-                        wire.Attached(self.epoch.number, self._rank, self._waves.wave, self._waves.running),
-                    )
+                    waves = self._waves
+                    self.mailbox.send(client, wire.Attached(self.epoch.number, self._rank, waves.wave, waves.running))
 
     def _submit(self, client: bytes, message: wire.Submit) -> None:
         if message.epoch != self.epoch.number:
@@ -269,7 +266,9 @@ class EngineCore:
         self._exchange.offer([int(has_work), batch.num_tokens, vote])
         alone = self._runner.independent
         if alone:
+            self._syncing = True
             self._step_alone(batch)
+            self._syncing = False
         vectors = self._exchange.gather()
         work = any(vector[0] for vector in vectors)
         self._take(self._waves.synced(work))
@@ -385,10 +384,10 @@ class EngineCore:
         for output in outputs:
             if output is not None:
                 by_client.setdefault(output.client, []).append(output.delta)
+        # Numbered as the load that is reported after them, so that a front-end sees whether that contains them.
+        step = self._waves.step + self._syncing
         for client, deltas in by_client.items():
-            self.mailbox.send(
-                client, wire.Outputs(self.epoch.number, self._rank, self._waves.wave, self._waves.step, deltas)
-            )
+            self.mailbox.send(client, wire.Outputs(self.epoch.number, self._rank, self._waves.wave, step, deltas))
 
     def _take(self, transition: tuple[EngineWaves, list[Report]]) -> None:
         self._waves, reports = transition
@@ -406,13 +405,10 @@ class EngineCore:
             )
 
     def _abort_silent_clients(self) -> None:
-        limit = time.monotonic() - self._config.client_timeout_s
-        for client in [client for client, heard in self._heard.items() if heard < limit]:
-            del self._heard[client]
+        timeout_s = self._config.client_timeout_s
+        for client in self.mailbox.fallen_silent(timeout_s):
             ids = self._scheduler.of_client(client)
             if ids:
-                logger.warning(
-                    "a client fell silent for %.0f s: aborting its %d requests", self._config.client_timeout_s, len(ids)
-                )
+                logger.warning("a client fell silent for %.0f s: aborting its %d requests", timeout_s, len(ids))
             for request_id in ids:
                 self._scheduler.abort(request_id)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -42,6 +43,7 @@ class Mailbox:
         self._poller = zmq.Poller()
         self._poller.register(self._clients, zmq.POLLIN)
         self._poller.register(self._wake_in, zmq.POLLIN)
+        self._heard: dict[bytes, float] = {}
         self.malformed = 0
 
     def connect_coordinator(self, address: str) -> None:
@@ -95,7 +97,16 @@ class Mailbox:
             message = self._decode(wire.to_engine, frames[1:])
             if message is not None:
                 received.append((frames[0], message))
+                self._heard[frames[0]] = time.monotonic()
         return received
+
+    def fallen_silent(self, seconds: float) -> list[bytes]:
+        """Clients that have sent nothing valid for so long. Each is named once."""
+        limit = time.monotonic() - seconds
+        silent = [client for client, heard in self._heard.items() if heard < limit]
+        for client in silent:
+            del self._heard[client]
+        return silent
 
     def send(self, client: bytes, message: wire.FromEngine) -> None:
         """Sends to one client; a client that is gone is silently skipped (its requests end by missed beats)."""
