@@ -4,7 +4,9 @@ Theory of operation
 -------------------
 The routed experts are spread over all ranks, so every step of a rank is a collective of the group: nobody can step
 alone. A **wave** is a period in which all ranks step together; between waves all are **paused** and block on their
-sockets. Waves are numbered; a paused rank's number is that of the wave to come. There are two problems to solve.
+sockets. Waves are numbered; a paused rank's number is that of the wave to come. (Ranks that each hold every expert
+could step alone. They keep the syncs for what those decide, and compute between offering a sync and gathering it: a
+step of the group is then one sync and any number of steps of each rank.) There are two problems to solve.
 
 *Ending a wave.* Each step has one sync, from which every rank sees who has work. When nobody has, every rank leaves
 the wave at that same step, by itself: the sync is the agreement, no message is needed. Each rank reports
@@ -101,7 +103,7 @@ class EngineWaves(msgspec.Struct, frozen=True):
 
     Every method returns the next value and the messages for the coordinator, to be sent before the next collective.
     Between a rank's contribution to a sync and its ``synced`` it must take no other event (an engine that drains its
-    inbox at one place of its loop does so by construction).
+    inbox at one place of its loop does so by construction; one that hears requests meanwhile says so afterwards).
     """
 
     epoch: int = 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import threading
 from collections.abc import Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
@@ -20,8 +21,6 @@ IP = "127.0.0.1"
 
 
 def _engine(pipe: Connection, rank: int, index: int, size: int, config: EngineConfig, keys: Keys) -> None:
-    import threading
-
     from actors.engine.core import EngineCore
     from actors.engine.experts.planner import Shape, plan
     from actors.engine.model import summarize
@@ -61,6 +60,14 @@ def _engine(pipe: Connection, rank: int, index: int, size: int, config: EngineCo
         elif call == "poison":
             _poison(core, args[0])
             pipe.send(None)
+        elif call == "hold":
+            holds, release = _hold(core)
+            pipe.send(None)
+        elif call == "holds":
+            pipe.send(holds.is_set())
+        elif call == "release":
+            release.set()
+            pipe.send(None)
         elif call == "stop":
             core.stop()
             assert thread is not None
@@ -78,6 +85,18 @@ def _poison(core: Any, token: int) -> None:
             raise RuntimeError(f"poison token {token}")
 
     module.register_forward_pre_hook(check, with_kwargs=True)
+
+
+def _hold(core: Any) -> tuple[threading.Event, threading.Event]:
+    """Makes the next step wait in the model: the first event says that it does, the second lets it go on."""
+    holds, release = threading.Event(), threading.Event()
+
+    def wait(_module: Any, _args: Any) -> None:
+        holds.set()
+        assert release.wait(60)
+
+    core._runner.model.module.register_forward_pre_hook(wait)
+    return holds, release
 
 
 @dataclass

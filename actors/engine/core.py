@@ -2,7 +2,8 @@
 
 Everything it decides is decided by pure objects: the scheduler (what to compute), the wave table (whether the group
 runs). The loop only moves messages between them, the model runner and the sockets. While the group is paused the loop
-sleeps in poll; while it runs, every iteration is one lockstep step of the whole group.
+sleeps in poll; while it runs, every iteration is one lockstep step of the whole group. Ranks that need nothing of each
+other for a step (each holds every expert, or there are none) keep to the lockstep of syncs, and don't wait in it.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any
 
 from actors import wire
 from actors.engine import sampler
-from actors.engine.batch import Batch, Sampled, Slice
+from actors.engine.batch import Batch, Sampled
 from actors.engine.blocks import BlockPool
 from actors.engine.config import EngineConfig
 from actors.engine.experts.exchange import Exchange, SoloExchange
@@ -23,6 +24,7 @@ from actors.engine.experts.routing import Routing
 from actors.engine.mailbox import Mailbox
 from actors.engine.request import Request
 from actors.engine.runner import ModelRunner, StepFailed
+from actors.engine.salvage import Salvage
 from actors.engine.scheduler import Output, Scheduler
 from actors.engine.standby import Standby
 from actors.membership import NO_EPOCH, Epoch
@@ -55,10 +57,10 @@ class EngineCore:
         self._on_switched: Callable[[float], None] | None = None
         self._waves = EngineWaves(rank=rank)
         self._last_stats: tuple[int, int, int] | None = None
-        self._heard: dict[bytes, float] = {}
         self._salvage: Salvage | None = None
         self._held: list[Output] = []  # of the last step: sent beside the next one
         self._stopping = False
+        self._syncing = False
         self._counters = {"steps": 0, "dummy_steps": 0, "step_failures": 0}
         self._scheduler = Scheduler(
             BlockPool(runner.num_kv_blocks, config.block_size),
@@ -225,8 +227,18 @@ class EngineCore:
 
     def _drain(self, timeout_ms: int) -> None:
         requests, starts = self.mailbox.drain(timeout_ms)
+        self._hear(requests)
+        self._wake()
+        for start in starts:
+            self._take(self._waves.told(start))
+
+    def _wake(self) -> None:
+        """Requests may be heard during a sync, but the waves are told of them between two."""
+        if self._scheduler.has_work:
+            self._take(self._waves.submitted())
+
+    def _hear(self, requests: list[tuple[bytes, wire.ToEngine]]) -> None:
         for client, message in requests:
-            self._heard[client] = time.monotonic()
             match message:
                 case wire.Submit():
                     self._submit(client, message)
@@ -236,12 +248,8 @@ class EngineCore:
                 case wire.Beat():
                     self.mailbox.send(client, wire.Beat(self.epoch.number))
                 case wire.Attach():
-                    self.mailbox.send(
-                        client,
-                        wire.Attached(self.epoch.number, self._rank, self._waves.wave, self._waves.running),
-                    )
-        for start in starts:
-            self._take(self._waves.told(start))
+                    waves = self._waves
+                    self.mailbox.send(client, wire.Attached(self.epoch.number, self._rank, waves.wave, waves.running))
 
     def _submit(self, client: bytes, message: wire.Submit) -> None:
         if message.epoch != self.epoch.number:
@@ -255,38 +263,63 @@ class EngineCore:
         refused = self._scheduler.add(request)
         if refused is not None:
             self._emit([refused])
-            return
-        self._take(self._waves.submitted())
 
     def _lockstep(self) -> None:
-        """One step of the whole group: every member is in this method at the same step of the same wave."""
-        salvage = self._salvage
-        batch = salvage.next() if salvage is not None else self._scheduler.schedule()
+        """One sync of the group and its step: every member is in this method at the same step of the same wave."""
+        batch = self._next_batch()
         armed = self._ballot.armed > 0
         has_work = self._scheduler.has_work or bool(batch.slices) or armed
         vote = self._ballot.vote(armed and self._prepared().joiners_here)
-        vectors = self._exchange.sync([int(has_work), batch.num_tokens, vote])
+        self._exchange.offer([int(has_work), batch.num_tokens, vote])
+        alone = self._runner.independent
+        if alone:
+            self._syncing = True
+            self._step_alone(batch)
+            self._syncing = False
+        vectors = self._exchange.gather()
         work = any(vector[0] for vector in vectors)
         self._take(self._waves.synced(work))
+        self._wake()
         if not work:
             self._flush()
             return
-        self._step(batch, [vector[1] for vector in vectors], salvage)
+        tokens = [vector[1] for vector in vectors]
+        if not any(tokens):
+            time.sleep(IDLE_STEP_S)
+        elif not alone:
+            self._step(batch, tokens)
         if self._ballot.switches([vector[2] for vector in vectors]):
             self._flush()
             self._switch()
 
-    def _step(self, batch: Batch, tokens: list[int], salvage: Salvage | None) -> None:
+    def _step_alone(self, batch: Batch) -> None:
+        """Where no rank needs another for a step: steps of this rank until all others have answered the sync."""
+        tokens = [0] * self._exchange.size
+        while True:
+            if batch.slices:
+                tokens[self._exchange.rank_index] = batch.num_tokens
+                self._step(batch, tokens)
+            awaited = self._exchange.awaited()
+            if not awaited:
+                return
+            if not batch.slices:
+                self._flush()
+                self.mailbox.wait(awaited, int(HOUSEKEEPING_S * 1000))
+            self._hear(self.mailbox.requests())
+            batch = self._next_batch()
+
+    def _next_batch(self) -> Batch:
+        return self._scheduler.schedule() if self._salvage is None else self._salvage.next()
+
+    def _step(self, batch: Batch, tokens: list[int]) -> None:
         if not batch.slices:
             self._flush()
             self._counters["dummy_steps"] += 1
-            if any(tokens):
-                self._runner.dummy_step(tokens)
-                self._runner.wait()
-            else:
-                time.sleep(IDLE_STEP_S)
+            self._runner.dummy_step(tokens)
+            self._runner.wait()
             return
         self._counters["steps"] += 1
+        salvage = self._salvage
         try:
             results: list[Sampled | wire.Failure] = self._compute(batch, tokens)
         except StepFailed as error:
@@ -375,10 +408,10 @@ class EngineCore:
         for output in outputs:
             if output is not None:
                 by_client.setdefault(output.client, []).append(output.delta)
+        # Numbered as the load that is reported after them, so that a front-end sees whether that contains them.
+        step = self._waves.step + self._syncing
         for client, deltas in by_client.items():
-            self.mailbox.send(
-                client, wire.Outputs(self.epoch.number, self._rank, self._waves.wave, self._waves.step, deltas)
-            )
+            self.mailbox.send(client, wire.Outputs(self.epoch.number, self._rank, self._waves.wave, step, deltas))
 
     def _take(self, transition: tuple[EngineWaves, list[Report]]) -> None:
         self._waves, reports = transition
@@ -396,32 +429,10 @@ class EngineCore:
             )
 
     def _abort_silent_clients(self) -> None:
-        limit = time.monotonic() - self._config.client_timeout_s
-        for client in [client for client, heard in self._heard.items() if heard < limit]:
-            del self._heard[client]
+        timeout_s = self._config.client_timeout_s
+        for client in self.mailbox.fallen_silent(timeout_s):
             ids = self._scheduler.of_client(client)
             if ids:
-                logger.warning(
-                    "a client fell silent for %.0f s: aborting its %d requests", self._config.client_timeout_s, len(ids)
-                )
+                logger.warning("a client fell silent for %.0f s: aborting its %d requests", timeout_s, len(ids))
             for request_id in ids:
                 self._scheduler.abort(request_id)
-
-
-class Salvage:
-    """A batch the model raised on, run one slice a step; ``results`` are those of its sampling slices so far."""
-
-    def __init__(self, batch: Batch) -> None:
-        self.batch = batch
-        self.results: list[Sampled | wire.Failure] = []
-        self._left: list[Slice] = list(batch.slices)
-
-    def next(self) -> Batch:
-        return Batch((self._left.pop(0),))
-
-    def take(self, results: list[Sampled | wire.Failure]) -> None:
-        self.results += results
-
-    @property
-    def done(self) -> bool:
-        return not self._left

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import msgspec
@@ -42,6 +43,7 @@ class Mailbox:
         self._poller = zmq.Poller()
         self._poller.register(self._clients, zmq.POLLIN)
         self._poller.register(self._wake_in, zmq.POLLIN)
+        self._heard: dict[bytes, float] = {}
         self.malformed = 0
 
     def connect_coordinator(self, address: str) -> None:
@@ -72,19 +74,39 @@ class Mailbox:
             _receive_all(self._wake_in)
         while self._posted:
             self._posted.popleft()()
-        requests: list[tuple[bytes, wire.ToEngine]] = []
+        requests = self.requests() if self._clients in ready else []
         starts: list[wire.StartWave] = []
-        if self._clients in ready:
-            for frames in _receive_all(self._clients):
-                message = self._decode(wire.to_engine, frames[1:])
-                if message is not None:
-                    requests.append((frames[0], message))
         if self._coordinator is not None and self._coordinator in ready:
             for frames in _receive_all(self._coordinator):
                 start = self._decode(wire.coordinator_to_engine, frames)
                 if start is not None:
                     starts.append(start)
         return requests, starts
+
+    def wait(self, descriptors: Iterable[int], timeout_ms: int) -> None:
+        """Waits until a client has sent something or one of these files can be read, up to ``timeout_ms``."""
+        poller = zmq.Poller()
+        for source in (self._clients, *descriptors):
+            poller.register(source, zmq.POLLIN)
+        poller.poll(timeout_ms)
+
+    def requests(self) -> list[tuple[bytes, wire.ToEngine]]:
+        """What clients have sent, and nothing else. Does not wait."""
+        received = []
+        for frames in _receive_all(self._clients):
+            message = self._decode(wire.to_engine, frames[1:])
+            if message is not None:
+                received.append((frames[0], message))
+                self._heard[frames[0]] = time.monotonic()
+        return received
+
+    def fallen_silent(self, seconds: float) -> list[bytes]:
+        """Clients that have sent nothing valid for so long. Each is named once."""
+        limit = time.monotonic() - seconds
+        silent = [client for client, heard in self._heard.items() if heard < limit]
+        for client in silent:
+            del self._heard[client]
+        return silent
 
     def send(self, client: bytes, message: wire.FromEngine) -> None:
         """Sends to one client; a client that is gone is silently skipped (its requests end by missed beats)."""

@@ -124,6 +124,11 @@ class ModelRunner:
         """Wait until the step launched last is complete. Raises PeerLost when a lost peer has made it void."""
         self.steps.wait()
 
+    @property
+    def independent(self) -> bool:
+        """Whether no row of a step leaves its rank, on any rank: all have every expert that there is."""
+        return all(self.model.experts.routing.local)
+
     @torch.inference_mode()
     def step(self, batch: Batch, tokens_per_rank: Sequence[int]) -> torch.Tensor:
         """Logits ``[S, vocab]``, one row for each of ``batch.sampling_slices``, float32 or in the model's dtype.

@@ -28,12 +28,18 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(build("mixtral", tmp_path_factory.mktemp("models")))
 
 
-@pytest.fixture(scope="module", params=[1, 2])
+@pytest.fixture(scope="module", params=[(1, 1), (2, 1), (2, 2)], ids=["one", "two, each with every expert", "two"])
 def group(request: pytest.FixtureRequest, checkpoint: str) -> Iterator[LocalGroup]:
+    size, smallest = request.param
     config = EngineConfig(
-        model=checkpoint, kv_blocks=256, max_model_len=256, max_num_batched_tokens=64, client_timeout_s=2.0
+        model=checkpoint,
+        kv_blocks=256,
+        max_model_len=256,
+        max_num_batched_tokens=64,
+        client_timeout_s=2.0,
+        min_data_parallel_size=smallest,
     )
-    with local_group(config, request.param) as running:
+    with local_group(config, size) as running:
         for engine in running.engines:
             engine.call("poison", POISON)
         yield running
@@ -172,6 +178,26 @@ async def until(condition: Callable[[], bool]) -> None:
             await asyncio.sleep(0.05)
 
     await asyncio.wait_for(wait(), 30)
+
+
+def test_a_rank_with_every_expert_does_not_wait_for_the_step_of_another(checkpoint: str) -> None:
+    config = EngineConfig(model=checkpoint, kv_blocks=64, max_model_len=256, client_timeout_s=60.0)
+    first, second = prompts(2)
+    with local_group(config, 2) as group:
+        group.engines[1].call("hold")
+
+        async def run() -> None:
+            async with client_of(group) as client:
+                held = asyncio.create_task(collect(client, "held", second, 12, rank=1))
+                await until(lambda: group.engines[1].call("holds"))
+                for turn in range(2):  # the second one comes in the middle of a sync
+                    assert await collect(client, f"free{turn}", first, 12, rank=0) == reference(checkpoint, first, 12)
+                assert not held.done()
+                group.engines[1].call("release")
+                assert await held == reference(checkpoint, second, 12)
+                await wait_paused(group)
+
+        asyncio.run(run())
 
 
 def test_fifty_epochs_leave_nothing_behind_and_change_no_token(checkpoint: str) -> None:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import struct
-
 import numpy as np
 import torch
 from numba import carray, cfunc, njit
 
 from actors.engine.cpu.kernels import FLAGS, LOG2_E, LOWEST, ZERO, exp2
-from actors.engine.cpu.threads import floats, integers, run, take
+from actors.engine.cpu.threads import as_integer, floats, integers, read_ahead, run, take
 
 
 @njit(fastmath=FLAGS, error_model="numpy")
@@ -47,29 +45,42 @@ def _add_weighted(rows, weights, out):  # type: ignore[no-untyped-def]
             out[j] += weight * row[j]
 
 
+@njit
+def _ask_for(block, part, parts):  # type: ignore[no-untyped-def]
+    """Blocks stand anywhere in memory: while one is computed with, parts of the next are asked for."""
+    start, lines = block.ctypes.data, block.size * 4 // 64
+    for line in range(lines * part // parts, lines * (part + 1) // parts):
+        read_ahead(start + 64 * line)
+
+
 @njit(fastmath=FLAGS, error_model="numpy")
 def _attend_one(query, keys, values, blocks, start, end, scaling, sinks, first_head, weights, out):  # type: ignore[no-untyped-def]
     """The query heads ``query [g, w]`` of a KV head, ``keys [blocks, size, w]``; ``weights [g, n]`` is room."""
-    size = keys.shape[1]
-    for index in range(start // size, (end + size - 1) // size):
+    size, group = keys.shape[1], query.shape[0]
+    past = (end + size - 1) // size
+    for index in range(start // size, past):
         block = keys[blocks[index]]
-        for member in range(query.shape[0]):
-            q = query[member]
-            for i in range(min(size, end - index * size)):
-                k = block[i]
+        following = keys[blocks[index + 1]] if index + 1 < past else values[blocks[start // size]]
+        for i in range(min(size, end - index * size)):
+            _ask_for(following, i, size)
+            k = block[i]
+            for member in range(group):
+                q = query[member]
                 score = ZERO
                 for j in range(k.shape[0]):
                     score += q[j] * k[j]
                 weights[member, index * size + i] = score
-    for member in range(query.shape[0]):
+    for member in range(group):
         _softmax(weights[member, start:end], scaling, sinks, first_head + member)
         target = out[member]
         for j in range(target.shape[0]):
             target[j] = ZERO
-    for index in range(start // size, (end + size - 1) // size):
+    for index in range(start // size, past):
         first, last = max(start, index * size), min(end, (index + 1) * size)
         block = values[blocks[index], first - index * size : last - index * size]
-        for member in range(query.shape[0]):
+        for member in range(group):
+            if index + 1 < past:
+                _ask_for(values[blocks[index + 1]], member, group)
             _add_weighted(block, weights[member, first:last], out[member])
 
 
@@ -121,9 +132,8 @@ def attend(
     shared, blocks, size, value_width = values.shape
     out = torch.empty(batch, heads, value_width)
     parts = (query, keys, values, table, lengths, query if sinks is None else sinks, out)
-    bits = struct.unpack("q", struct.pack("d", scaling))[0]
     addresses = (part.data_ptr() for part in parts)
     sizes = (batch, heads, shared, blocks, size, width, value_width, table.shape[1])
     num_sinks = 0 if sinks is None else len(sinks)
-    run(_attend, batch * shared, [*addresses, *sizes, window, num_sinks, bits])
+    run(_attend, batch * shared, [*addresses, *sizes, window, num_sinks, as_integer(scaling)])
     return out

@@ -40,15 +40,12 @@ def _norm(module: Any, model: MoEModel, joined: Joined, generator: torch.Generat
     epsilon = getattr(module, "variance_epsilon", getattr(module, "eps", None))
     if not type(module).__name__.endswith("RMSNorm") or epsilon is None or not _is_float32(weight):
         return False
-    width, scale = len(weight), weight.detach().numpy()
+    scale = weight.detach().contiguous()
 
     def forward(x: torch.Tensor) -> torch.Tensor:
-        source = x.contiguous()
-        output = torch.empty_like(source)
-        kernels.rms_norm(source.view(-1, width).numpy(), scale, epsilon, output.view(-1, width).numpy())
-        return output
+        return kernels.rms_norm(x, scale, epsilon)
 
-    return _take(module, forward, torch.randn(1, _SAMPLE_ROWS, width, generator=generator))
+    return _take(module, forward, torch.randn(1, _SAMPLE_ROWS, len(scale), generator=generator))
 
 
 def _mlp(module: Any, model: MoEModel, joined: Joined, generator: torch.Generator) -> bool:
@@ -59,17 +56,9 @@ def _mlp(module: Any, model: MoEModel, joined: Joined, generator: torch.Generato
         return False
 
     def forward(x: torch.Tensor) -> torch.Tensor:
-        return outer(silu_and_mul(inner(x)))
+        return outer(kernels.silu_and_mul(inner(x)))
 
     return _take(module, forward, torch.randn(1, _SAMPLE_ROWS, parts[0].in_features, generator=generator))  # type: ignore[union-attr]
-
-
-def silu_and_mul(x: torch.Tensor) -> torch.Tensor:
-    """``[..., 2 * w] -> [..., w]``: SiLU of the first half times the second. float32, contiguous."""
-    width = x.shape[-1] // 2
-    output = torch.empty(*x.shape[:-1], width)
-    kernels.silu_and_mul(x.view(-1, 2 * width).numpy(), output.view(-1, width).numpy())
-    return output
 
 
 class _Recorder:
@@ -109,11 +98,9 @@ def _attention(module: Any, model: MoEModel, joined: Joined, generator: torch.Ge
         hidden_states: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor], **_: Any
     ) -> tuple[torch.Tensor, None]:
         tokens = hidden_states.shape[1]
-        query, key, value = (torch.empty(tokens, count, width) for count in (heads, shared, shared))
-        cosine, sine = (part[0].contiguous().numpy() for part in position_embeddings)
-        joint = inner(hidden_states)[0].numpy()
-        kernels.split_and_rotate(joint, cosine, sine, query.numpy(), key.numpy(), value.numpy())
-        query, key, value = (part.transpose(0, 1)[None] for part in (query, key, value))
+        cosine, sine = (part[0] for part in position_embeddings)
+        parts = kernels.split_and_rotate(inner(hidden_states)[0], cosine, sine, heads, shared)
+        query, key, value = (part.transpose(0, 1)[None] for part in parts)
         output = model.attention.forward(layer, query, key, value, *settings)
         return outer(output.reshape(1, tokens, -1)), None
 

@@ -1,4 +1,4 @@
-"""Loops that torch has no single operator for, compiled by Numba: float32, one thread, the GIL released.
+"""Loops that torch has no single operator for, compiled by Numba: float32, the GIL released.
 
 Decoding computes a few rows at a time, and then a step is hundreds of operators whose arithmetic takes less time than
 calling them. Numba is LLVM in a wheel, so it needs no compiler on the user's machine; what it compiled is kept on disk,
@@ -6,16 +6,24 @@ so only the first start pays.
 
 Sums may be reordered, which makes them vector code, but NaN and infinity keep their meaning: a request that produced
 NaN must be found out.
+
+Rows are independent of each other: where there are many, torch's threads share them.
 """
 
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
+import torch
+from numba import carray, cfunc, njit
+
+from actors.engine.cpu.threads import as_integer, floats, run, take
 
 FLAGS = {"reassoc", "contract", "nsz", "arcp", "afn"}
 LOG2_E = np.float32(1.4426950408889634)
 ZERO, ONE, HALF = np.float32(0), np.float32(1), np.float32(0.5)
+# Elements below which waking a thread costs more than it saves.
+_FEW = 32768
+_SHARES = 4  # tasks per thread: the cores of a shared machine are not equally fast
 # Below this a power of two leaves float32's normal numbers; it weighs nothing in a softmax.
 LOWEST = np.float32(-126)
 
@@ -35,15 +43,8 @@ def exp2(x):  # type: ignore[no-untyped-def]
     return value * np.int32((np.int32(whole) + np.int32(127)) << np.int32(23)).view(np.float32)
 
 
-@njit(
-    "void(float32[:, ::1], float32[::1], float32, float32[:, ::1])",
-    fastmath=FLAGS,
-    error_model="numpy",
-    nogil=True,
-    cache=True,
-)
-def rms_norm(x, weight, epsilon, out):  # type: ignore[no-untyped-def]
-    """Rows of ``x [n, w]`` over their root mean square, times ``weight [w]``."""
+@njit(fastmath=FLAGS, error_model="numpy")
+def _norm(x, weight, epsilon, out):  # type: ignore[no-untyped-def]
     rows, width = x.shape
     for row in range(rows):
         source, target = x[row], out[row]
@@ -55,9 +56,31 @@ def rms_norm(x, weight, epsilon, out):  # type: ignore[no-untyped-def]
             target[i] = weight[i] * (source[i] * scale)
 
 
-@njit("void(float32[:, ::1], float32[:, ::1])", fastmath=True, error_model="numpy", nogil=True, cache=True)
-def silu_and_mul(x, out):  # type: ignore[no-untyped-def]
-    """``silu(x[:, :w]) * x[:, w:]`` of ``x [n, 2 * w]``, into ``out [n, w]``."""
+@cfunc("void(CPointer(int64))", fastmath=FLAGS, error_model="numpy", cache=True)
+def _rms_norm(task):  # type: ignore[no-untyped-def]
+    _, x_at, weight_at, out_at, rows, width, shares, epsilon = carray(task, 8)
+    x, out = carray(floats(x_at), (rows, width)), carray(floats(out_at), (rows, width))
+    weight = carray(floats(weight_at), width)
+    while True:
+        share = take(task)
+        if share >= shares:
+            return
+        some = slice(rows * share // shares, rows * (share + 1) // shares)
+        _norm(x[some], weight, np.float32(np.int64(epsilon).view(np.float64)), out[some])
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
+    """Rows of ``x [..., w]`` over their root mean square, times ``weight [w]``, which is contiguous."""
+    x = x.contiguous()
+    out = torch.empty_like(x)
+    rows, width = x.numel() // len(weight), len(weight)
+    shares = _shares(rows, width)
+    run(_rms_norm, shares, [*_addresses(x, weight, out), rows, width, shares, as_integer(epsilon)])
+    return out
+
+
+@njit(fastmath=True, error_model="numpy")
+def _gate(x, out):  # type: ignore[no-untyped-def]
     rows, width = out.shape
     for row in range(rows):
         gate, up, target = x[row, :width], x[row, width:], out[row]
@@ -66,20 +89,31 @@ def silu_and_mul(x, out):  # type: ignore[no-untyped-def]
             target[i] = gate[i] / (ONE + exp2(power)) * up[i]
 
 
-@njit(
-    "void(float32[:, ::1], float32[:, ::1], float32[:, ::1],"
-    " float32[:, :, ::1], float32[:, :, ::1], float32[:, :, ::1])",
-    fastmath=FLAGS,
-    error_model="numpy",
-    nogil=True,
-    cache=True,
-)
-def split_and_rotate(joined, cosine, sine, query, key, value):  # type: ignore[no-untyped-def]
-    """Rotary embedding (RoFormer, arXiv 2104.09864, in halves as in GPT-NeoX) of queries and keys side by side.
+@cfunc("void(CPointer(int64))", fastmath=True, error_model="numpy", cache=True)
+def _silu_and_mul(task):  # type: ignore[no-untyped-def]
+    _, x_at, out_at, rows, width, shares = carray(task, 6)
+    x, out = carray(floats(x_at), (rows, 2 * width)), carray(floats(out_at), (rows, width))
+    while True:
+        share = take(task)
+        if share >= shares:
+            return
+        some = slice(rows * share // shares, rows * (share + 1) // shares)
+        _gate(x[some], out[some])
 
-    ``joined [T, (h + 2 * k) * d]`` holds a row's queries, keys and values; ``cosine`` and ``sine`` are ``[T, r]`` with
-    ``r <= d`` (the rest of a head is not rotated). Fills ``query [T, h, d]``, ``key [T, k, d]``, ``value [T, k, d]``.
-    """
+
+def silu_and_mul(x: torch.Tensor) -> torch.Tensor:
+    """``[..., 2 * w] -> [..., w]``: SiLU of the first half times the second."""
+    x = x.contiguous()
+    width = x.shape[-1] // 2
+    out = torch.empty(*x.shape[:-1], width)
+    rows = out.numel() // width
+    shares = _shares(rows, 2 * width)
+    run(_silu_and_mul, shares, [*_addresses(x, out), rows, width, shares])
+    return out
+
+
+@njit(fastmath=FLAGS, error_model="numpy")
+def _split(joined, cosine, sine, query, key, value):  # type: ignore[no-untyped-def]
     tokens, heads, width = query.shape
     shared = key.shape[1]
     half = cosine.shape[1] // 2
@@ -97,6 +131,50 @@ def split_and_rotate(joined, cosine, sine, query, key, value):  # type: ignore[n
             start = (heads + shared + head) * width
             for i in range(width):
                 value[token, head, i] = joined[token, start + i]
+
+
+@cfunc("void(CPointer(int64))", fastmath=FLAGS, error_model="numpy", cache=True)
+def _split_and_rotate(task):  # type: ignore[no-untyped-def]
+    _, joined_at, cosine_at, sine_at, query_at, key_at, value_at, tokens, heads, shared, width, turned, shares = carray(
+        task, 13
+    )
+    joined = carray(floats(joined_at), (tokens, (heads + 2 * shared) * width))
+    cosine, sine = carray(floats(cosine_at), (tokens, turned)), carray(floats(sine_at), (tokens, turned))
+    query = carray(floats(query_at), (tokens, heads, width))
+    key, value = carray(floats(key_at), (tokens, shared, width)), carray(floats(value_at), (tokens, shared, width))
+    while True:
+        share = take(task)
+        if share >= shares:
+            return
+        some = slice(tokens * share // shares, tokens * (share + 1) // shares)
+        _split(joined[some], cosine[some], sine[some], query[some], key[some], value[some])
+
+
+def split_and_rotate(
+    joined: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor, heads: int, shared: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Rotary embedding (RoFormer, arXiv 2104.09864, in halves as in GPT-NeoX) of queries and keys side by side.
+
+    ``joined [T, (heads + 2 * shared) * d]`` holds a row's queries, keys and values; ``cosine`` and ``sine`` are
+    ``[T, r]`` with ``r <= d`` (the rest of a head is not rotated). Gives queries ``[T, heads, d]``, and keys and values
+    ``[T, shared, d]``.
+    """
+    joined, cosine, sine = joined.contiguous(), cosine.contiguous(), sine.contiguous()
+    tokens, width = len(joined), joined.shape[1] // (heads + 2 * shared)
+    query, key, value = (torch.empty(tokens, count, width) for count in (heads, shared, shared))
+    shares = _shares(tokens, joined.shape[1])
+    addresses = _addresses(joined, cosine, sine, query, key, value)
+    run(_split_and_rotate, shares, [*addresses, tokens, heads, shared, width, cosine.shape[1], shares])
+    return query, key, value
+
+
+def _addresses(*parts: torch.Tensor) -> list[int]:
+    return [part.data_ptr() for part in parts]
+
+
+def _shares(rows: int, width: int) -> int:
+    """In how many tasks so many rows are done."""
+    return 1 if rows * width < _FEW else min(rows, _SHARES * torch.get_num_threads())
 
 
 @njit(

@@ -5,6 +5,8 @@ is summed in vector registers alone (outer products, as in K. Goto and R. van de
 Matrix Multiplication", 2008): each vector of weights serves all its rows, each element of ``x`` all its columns. So a
 panel comes from memory once, in order, and from the core's cache for the tiles after the first.
 
+Reading ahead is asked for: otherwise a core waits for memory at every page of a weight, and computes only in between.
+
 Any tile sums an output in the same order, fused multiply-adds along ``in``: a row's result depends neither on the rows
 beside it nor on the number of threads.
 """
@@ -38,8 +40,14 @@ _ROW = COLUMNS * _SIZE  # of a panel
 # Steps along ``in`` summed on their own: that much of a panel stays in cache from one tile to the next, and rounding
 # errors grow with the length of a sum.
 _DEEPEST = 512
+# Rows of x that all panels of a task serve before the next ones come: they stay in the second cache meanwhile.
+_BLOCK = 4 * ROWS
 # Rows of x a multiple of this apart would share a few lines of the first cache, so they are moved apart.
 _PAGE = 4096
+# How far ahead, in bytes, a tile asks for weights, into the second cache. From 4 KiB up it matters little how far; with
+# it 8 rows take two thirds of the time they take without.
+_AHEAD = 16384
+_LINE = 64
 _SHARES = 4  # tasks per thread: the cores of a shared machine are not equally fast
 
 _INT, _FLOAT = ir.IntType(64), ir.FloatType()
@@ -74,18 +82,25 @@ def _write_tile(module: ir.Module, rows: int) -> ir.Function:
         fma = get_or_insert_function(module, kind, f"llvm.fma.v{_LANES}f32")
         return builder.call(fma, [element, weight, so_far])
 
+    byte, small = ir.IntType(8), ir.IntType(32)
+    kind = ir.FunctionType(ir.VoidType(), [byte.as_pointer(), small, small, small])
+    prefetch = module.declare_intrinsic("llvm.prefetch", [byte.as_pointer()], kind)
     sources = [builder.add(x, builder.mul(x_step, _INT(row))) for row in range(rows)]
     builder.branch(loop)
 
     builder.position_at_end(loop)
     index = builder.phi(_INT)
     sums = [[builder.phi(_VECTOR) for _ in range(2)] for _ in range(rows)]
-    weights = load(builder.add(panel, builder.mul(index, _INT(COLUMNS * _SIZE))))
+    place = builder.add(panel, builder.mul(index, _INT(_ROW)))
+    weights = load(place)
+    for line in range(0, _ROW, _LINE):
+        address = at(place, _INT(_AHEAD + line), byte)
+        builder.call(prefetch, [address, small(0), small(2), small(1)])  # to read, near, as data
     results = []
     for source, so_far in zip(sources, sums, strict=True):
         scalar = builder.load(at(source, builder.mul(index, _INT(_SIZE)), _FLOAT), align=_SIZE)
-        element = builder.insert_element(_VECTOR(ir.Undefined), scalar, ir.IntType(32)(0))
-        element = builder.shuffle_vector(element, _VECTOR(ir.Undefined), ir.VectorType(ir.IntType(32), _LANES)(None))
+        element = builder.insert_element(_VECTOR(ir.Undefined), scalar, small(0))
+        element = builder.shuffle_vector(element, _VECTOR(ir.Undefined), ir.VectorType(small, _LANES)(None))
         results.append([add_product(element, *pair) for pair in zip(weights, so_far, strict=True)])
     following = builder.add(index, _INT(1))
     builder.cbranch(builder.icmp_signed("<", following, depth), loop, end)
@@ -148,27 +163,31 @@ def _multiply(task):  # type: ignore[no-untyped-def]
             return
         group, first = index // chunks, index % chunks * chunk
         start, end, weight = spans[3 * group], spans[3 * group + 1], spans[3 * group + 2]
-        tiles = (end - start + ROWS - 1) // ROWS
-        for panel in range(first, min(first + chunk, per_weight)):
-            place = weight * per_weight + panel
-            bias = biases + place * _ROW
-            for below in range(0, depth, _DEEPEST):
-                row = start
-                for number in range(1, tiles + 1):
-                    following = start + (end - start) * number // tiles  # tiles as even as can be
-                    target = out + row * out_step + panel * _ROW
-                    _tile(
-                        following - row,
-                        panels + (place * depth + below) * _ROW,
-                        min(_DEEPEST, depth - below),
-                        x + row * x_step + below * _SIZE,
-                        x_step,
-                        target,
-                        out_step,
-                        target if below else bias,
-                        out_step if below else 0,
-                    )
-                    row = following
+        blocks = (end - start + _BLOCK - 1) // _BLOCK
+        for block in range(blocks):
+            low = start + (end - start) * block // blocks
+            high = start + (end - start) * (block + 1) // blocks
+            tiles = (high - low + ROWS - 1) // ROWS
+            for panel in range(first, min(first + chunk, per_weight)):
+                place = weight * per_weight + panel
+                bias = biases + place * _ROW
+                for below in range(0, depth, _DEEPEST):
+                    row = low
+                    for number in range(1, tiles + 1):
+                        following = low + (high - low) * number // tiles  # blocks and tiles as even as can be
+                        target = out + row * out_step + panel * _ROW
+                        _tile(
+                            following - row,
+                            panels + (place * depth + below) * _ROW,
+                            min(_DEEPEST, depth - below),
+                            x + row * x_step + below * _SIZE,
+                            x_step,
+                            target,
+                            out_step,
+                            target if below else bias,
+                            out_step if below else 0,
+                        )
+                        row = following
 
 
 class Panels:

@@ -7,6 +7,7 @@ Intel's runtimes have it too). Where it is not to be found work runs on the call
 from __future__ import annotations
 
 import ctypes
+import struct
 from collections.abc import Sequence
 from typing import Any
 
@@ -42,6 +43,12 @@ def run(work: Any, tasks: int, arguments: Sequence[int]) -> None:
         _parallel(work.address, data, threads, 0)
 
 
+def as_integer(number: float) -> int:
+    """The bits of a float64 as one of ``run``'s arguments; ``np.int64(argument).view(np.float64)`` is the number."""
+    bits: int = struct.unpack("q", struct.pack("d", number))[0]
+    return bits
+
+
 def _pointer_to(kind: Any) -> Any:
     @intrinsic
     def pointer(typing: Any, address: Any) -> Any:
@@ -66,3 +73,18 @@ def take(typing: Any, counter: Any) -> Any:
         return builder.atomic_rmw("add", arguments[0], ir.Constant(ir.IntType(64), 1), "monotonic")
 
     return types.int64(types.CPointer(types.int64)), generate
+
+
+@intrinsic
+def read_ahead(typing: Any, address: Any) -> Any:
+    """Asks for the line of memory at ``address`` into the second cache. Never fails, wherever that is."""
+    from llvmlite import ir
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        byte, small = ir.IntType(8).as_pointer(), ir.IntType(32)
+        kind = ir.FunctionType(ir.VoidType(), [byte, small, small, small])
+        prefetch = builder.module.declare_intrinsic("llvm.prefetch", [byte], kind)
+        builder.call(prefetch, [builder.inttoptr(arguments[0], byte), small(0), small(2), small(1)])
+        return context.get_dummy_value()
+
+    return types.void(types.int64), generate

@@ -15,6 +15,9 @@ class PeerLost(RuntimeError):
 class Exchange(Protocol):
     """Collectives of one epoch. All ranks call the same methods in the same order.
 
+    ``offer`` and ``gather`` are the two halves of a ``sync``, between which a rank may do what concerns nobody else;
+    ``awaited`` is asked between them only.
+
     ``rank_index`` is this rank's position among the members, ``size`` their number. Every method may raise
     ``PeerLost``; afterwards only ``close`` may be called.
     """
@@ -24,6 +27,18 @@ class Exchange(Protocol):
 
     def sync(self, vector: Sequence[int]) -> list[list[int]]:
         """Give all ranks' vectors (of equal length, 64-bit integers) in order of rank index."""
+
+    def offer(self, vector: Sequence[int]) -> None:
+        """Begin a sync: tell the others this rank's vector."""
+
+    def awaited(self) -> list[int]:
+        """File descriptors that can be read once an answer is there: those of the members that have not answered.
+
+        None when it is time to ``gather``, also because somebody has kept silent too long.
+        """
+
+    def gather(self) -> list[list[int]]:
+        """End a sync: what ``sync`` gives."""
 
     def heard(self, rank_indexes: Iterable[int]) -> bool:
         """Whether all of these have begun the collective to come. Does not wait; a lost member has not."""
@@ -44,8 +59,20 @@ class SoloExchange:
     rank_index = 0
     size = 1
 
+    def __init__(self) -> None:
+        self._vector: list[int] = []
+
     def sync(self, vector: Sequence[int]) -> list[list[int]]:
         return [list(vector)]
+
+    def offer(self, vector: Sequence[int]) -> None:
+        self._vector = list(vector)
+
+    def awaited(self) -> list[int]:
+        return []
+
+    def gather(self) -> list[list[int]]:
+        return [self._vector]
 
     def heard(self, rank_indexes: Iterable[int]) -> bool:
         return True

@@ -61,12 +61,30 @@ class MeshExchange:
             raise PeerLost(f"rank index {rank_index} of {size} could not form its group: {error}") from error
 
     def sync(self, vector: Sequence[int]) -> list[list[int]]:
-        length = len(vector)
-        result = torch.empty(self.size, length, dtype=torch.int64)
-        result[self.rank_index] = torch.tensor(vector, dtype=torch.int64)
-        own = _bytes(result[self.rank_index])
-        self._swap("sync", dict.fromkeys(self._peers, own), {peer: _bytes(result[peer]) for peer in self._peers})
-        gathered: list[list[int]] = result.tolist()
+        self.offer(vector)
+        return self.gather()
+
+    def offer(self, vector: Sequence[int]) -> None:
+        self._vectors = torch.empty(self.size, len(vector), dtype=torch.int64)
+        self._vectors[self.rank_index] = torch.tensor(vector, dtype=torch.int64)
+        self._offered_at = time.monotonic()
+        # It fits any socket's buffer: nobody has to receive it first.
+        own = _bytes(self._vectors[self.rank_index])
+        self._swap("sync", dict.fromkeys(self._peers, own), {}, self._offered_at)
+
+    def awaited(self) -> list[int]:
+        if time.monotonic() - self._offered_at > self._timeout_s:
+            return []
+        poll = select.poll()
+        sockets = {peer.fileno() for peer in self._peers.values()}
+        for descriptor in sockets:
+            poll.register(descriptor, select.POLLIN)
+        return sorted(sockets.difference(descriptor for descriptor, _ in poll.poll(0)))
+
+    def gather(self) -> list[list[int]]:
+        inbound = {peer: _bytes(self._vectors[peer]) for peer in self._peers}
+        self._swap("sync", {}, inbound, self._offered_at)
+        gathered: list[list[int]] = self._vectors.tolist()
         return gathered
 
     def heard(self, rank_indexes: Iterable[int]) -> bool:
@@ -149,11 +167,21 @@ class MeshExchange:
         if time.monotonic() > deadline:
             raise TimeoutError(f"not all members came within {self._timeout_s:g} s")
 
-    def _swap(self, what: str, outbound: Mapping[int, memoryview], inbound: Mapping[int, memoryview]) -> None:
-        """Sends and receives exactly these bytes, all at the same time. Raises PeerLost."""
+    def _swap(
+        self,
+        what: str,
+        outbound: Mapping[int, memoryview],
+        inbound: Mapping[int, memoryview],
+        since: float | None = None,
+    ) -> None:
+        """Sends and receives exactly these bytes, all at the same time. Raises PeerLost.
+
+        The timeout counts from ``since``, of the monotonic clock; unset: from now.
+        """
         out = {peer: view for peer, view in outbound.items() if view}
         into = {peer: view for peer, view in inbound.items() if view}
-        started = moved_at = time.monotonic()
+        moved_at = time.monotonic()
+        started = moved_at if since is None else since
         peer = -1
         try:
             while out or into:

@@ -225,7 +225,8 @@ def _empty(slot: int) -> LookupError:
 
 def _activation(module: Any) -> Callable[[torch.Tensor], torch.Tensor]:
     """The module's own, or the compiled SiLU gate when that gives the same."""
-    from actors.engine.cpu.fuse import agree, silu_and_mul
+    from actors.engine.cpu.fuse import agree
+    from actors.engine.cpu.kernels import silu_and_mul
 
     sample = torch.linspace(-4, 4, 64).view(2, 32)
     if module.has_gate and agree(module._apply_gate(sample), silu_and_mul(sample)):

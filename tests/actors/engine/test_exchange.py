@@ -39,6 +39,44 @@ def test_everyone_sees_all_vectors_in_rank_order(size: int) -> None:
     assert group(size, lambda exchange: exchange.sync(vectors[exchange.rank_index])) == [vectors] * size
 
 
+def test_a_sync_in_halves_tells_whose_answer_is_awaited() -> None:
+    asked = threading.Event()
+
+    def member(exchange: MeshExchange) -> Any:
+        if exchange.rank_index == 1:
+            asked.wait(20)
+        exchange.offer([exchange.rank_index])
+        early = exchange.awaited()
+        asked.set()
+        while exchange.awaited():
+            pass
+        return len(early), exchange.gather()
+
+    first, second = group(2, member)
+    assert first == (1, [[0], [1]])
+    assert second[1] == [[0], [1]]
+
+
+def test_a_lost_or_silent_member_is_not_awaited_for_ever_and_shows_in_the_gathering() -> None:
+    over = threading.Event()
+
+    def member(exchange: MeshExchange) -> Any:
+        exchange.sync([0])
+        if exchange.rank_index == 1:
+            return None
+        if exchange.rank_index == 2:
+            return over.wait(20)
+        exchange._timeout_s = 0.5
+        exchange.offer([1])
+        while exchange.awaited():
+            pass
+        over.set()
+        return exchange.gather()
+
+    first, *_ = group(3, member)
+    assert isinstance(first, PeerLost)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("tokens", [[2, 0, 3], [1, 1, 1], [0, 0, 1]])
 def test_dispatch_gathers_unequal_shares(tokens: list[int], dtype: torch.dtype) -> None:
@@ -97,5 +135,7 @@ def test_a_member_that_never_arrives_is_peer_lost() -> None:
 def test_a_group_of_one_exchanges_nothing() -> None:
     solo, rows = SoloExchange(), torch.randn(3, 4)
     assert solo.sync([1, 2]) == [[1, 2]]
+    solo.offer([3])
+    assert solo.awaited() == [] and solo.gather() == [[3]]
     assert solo.dispatch(rows, [3]) is rows
     assert solo.combine(rows, [3], [3]) is rows
