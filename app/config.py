@@ -96,6 +96,11 @@ class AppConfig(BaseModel):
     max_model_len: Positive | None = Field(None, description="Longest sequence in tokens; unset: the model's own.")
     max_num_seqs: Positive = Field(64, description="Most sequences in one step of a rank.")
     max_num_batched_tokens: Positive = Field(512, description="Token budget of one step of a rank.")
+    prefill_chunk: Positive | None = Field(
+        None,
+        description="Tokens of each prompt in one step while others decode. Fewer mean shorter gaps for them, and a "
+        "later first token; unset: only the token budget counts.",
+    )
     max_queue: Positive = Field(1024, description="Requests a rank lets wait; more get 429.")
 
     placement_timeout_s: Seconds = Field(60.0, description="Longest wait for placement groups.")
@@ -208,6 +213,7 @@ class AppConfig(BaseModel):
             max_model_len=self.context_length,
             max_num_seqs=self.max_num_seqs,
             max_num_batched_tokens=self.max_num_batched_tokens,
+            prefill_chunk=self.prefill_chunk,
             max_queue=self.max_queue,
             expert_slots=self.expert_slots,
             min_data_parallel_size=self.min_data_parallel_size,

@@ -57,6 +57,7 @@ class EngineCore:
         self._last_stats: tuple[int, int, int] | None = None
         self._heard: dict[bytes, float] = {}
         self._salvage: Salvage | None = None
+        self._others_compute = False  # in the last step
         self._stopping = False
         self._counters = {"steps": 0, "dummy_steps": 0, "step_failures": 0}
         self._scheduler = Scheduler(
@@ -64,6 +65,7 @@ class EngineCore:
             max_model_len=config.max_model_len,
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=config.max_num_batched_tokens,
+            prefill_chunk=config.prefill_chunk,
             max_queue=config.max_queue,
             vocab_size=runner.summary.vocab_size,
         )
@@ -254,11 +256,12 @@ class EngineCore:
     def _lockstep(self) -> None:
         """One step of the whole group: every member is in this method at the same step of the same wave."""
         salvage = self._salvage
-        batch = salvage.next() if salvage is not None else self._scheduler.schedule()
+        batch = salvage.next() if salvage is not None else self._scheduler.schedule(self._others_compute)
         armed = self._ballot.armed > 0
         has_work = self._scheduler.has_work or bool(batch.slices) or armed
         vote = self._ballot.vote(armed and self._prepared().joiners_here)
         vectors = self._exchange.sync([int(has_work), batch.num_tokens, vote])
+        self._others_compute = sum(vector[1] for vector in vectors) > batch.num_tokens
         work = any(vector[0] for vector in vectors)
         self._take(self._waves.synced(work))
         if not work:
