@@ -19,14 +19,12 @@ from actors.engine.blocks import BlockPool
 from actors.engine.config import EngineConfig
 from actors.engine.experts.exchange import Exchange, SoloExchange
 from actors.engine.experts.map import ExpertMap
-from actors.engine.experts.routing import Routing
 from actors.engine.mailbox import Mailbox
 from actors.engine.request import Request
 from actors.engine.runner import ModelRunner, StepFailed
 from actors.engine.scheduler import Output, Scheduler
 from actors.engine.standby import Standby
 from actors.membership import NO_EPOCH, Epoch
-from actors.sockets import Keys
 from actors.transition import Ballot
 from actors.waves import EngineWaves, Report, Standing
 
@@ -69,27 +67,6 @@ class EngineCore:
             max_queue=config.max_queue,
             vocab_size=runner.summary.vocab_size,
         )
-
-    @classmethod
-    def build(
-        cls,
-        rank: int,
-        index: int,
-        expert_map: ExpertMap,
-        config: EngineConfig,
-        ip: str,
-        keys: Keys,
-        report: Callable[[str], None],
-    ) -> EngineCore:
-        """Reads the weights that member ``index`` holds by ``expert_map``, warms up, and binds the sockets on ``ip``.
-
-        ``report`` is told what is being done. Raises ValueError on a checkpoint or configuration that can't work.
-        """
-        report(f"loading weights of {config.model}")
-        runner = ModelRunner(config, Routing(expert_map, index), SoloExchange())
-        report("warming up")
-        runner.warm_up()
-        return cls(rank, config, runner, Mailbox(ip, keys))
 
     # --- the next epoch, from any thread ---------------------------------------------------------------------------
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from actors.engine.batch import Batch, Slice
 from actors.engine.config import EngineConfig
 from actors.engine.experts.exchange import Exchange, PeerLost, SoloExchange
 from actors.engine.experts.layer import ExpertsBroken
+from actors.engine.experts.map import ExpertMap
 from actors.engine.experts.routing import Routing
 from actors.engine.model import MoEModel
 from actors.engine.weights import WeightLoader
@@ -176,6 +177,18 @@ class ModelRunner:
                 f"needs {needed}; lower max_model_len, or raise kv_blocks or memory_fraction"
             )
         return blocks
+
+
+def ready(index: int, expert_map: ExpertMap, config: EngineConfig, report: Callable[[str], None]) -> ModelRunner:
+    """A runner with the weights that member ``index`` holds by ``expert_map``, warmed up; not in any group yet.
+
+    ``report`` is told what is being done. Raises as ``ModelRunner`` does.
+    """
+    report(f"loading weights of {config.model}")
+    runner = ModelRunner(config, Routing(expert_map, index), SoloExchange())
+    report("warming up")
+    runner.warm_up()
+    return runner
 
 
 def _rehearsal(tokens: list[int], start: int, block: int) -> Slice:
