@@ -29,6 +29,8 @@ PY
 
 # HAProxy with the throughput-optimised loop costs a tenth of the CPU per token of Serve's default proxy.
 export RAY_SERVE_ENABLE_HA_PROXY=1 RAY_SERVE_THROUGHPUT_OPTIMIZED=1
+# Else ranks that serve have nice 15, and a worker that Ray starts takes their cores at 0.
+export RAY_worker_niceness=0
 export RAY_AUTH_MODE=${RAY_AUTH_MODE:-disabled} RAY_USAGE_STATS_ENABLED=0 RAY_DEDUP_LOGS=0
 # Ray's CPUs are logical: room for as many ranks as the demo may be scaled to, whatever the machine has.
 export RAY_OVERRIDE_RESOURCES=${RAY_OVERRIDE_RESOURCES:-'{"CPU": 4}'}
