@@ -19,18 +19,19 @@ from typing import TYPE_CHECKING
 
 import ray
 
+from actors import priority
 from actors.engine.config import EngineConfig
 from actors.engine.experts.map import ExpertMap
 from actors.engine.experts.planner import Shape
 from actors.handshake import Hello, Ready
 from actors.membership import NO_EPOCH, Epoch
-from actors.priority import Priority
 from actors.settings import Memo
 from actors.sockets import Keys
 from placement import groups
 
 if TYPE_CHECKING:
     from actors.engine.core import EngineCore
+    from actors.engine.runner import ModelRunner
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +55,7 @@ class Description:
 class EngineActor:
     """One DP rank. ``lease_s`` seconds after the last ``renew`` it removes all groups of ``owner`` and ends itself.
 
-    With ``meekly`` it loads at a lower priority than others compute with, since it joins a group that serves.
+    With ``meekly`` it loads with what the cores have left over, since it joins a group that serves.
     """
 
     def __init__(
@@ -67,9 +68,6 @@ class EngineActor:
         meekly: bool = False,
     ) -> None:
         rank = group.rank
-        self._priority = Priority()
-        if meekly:
-            self._priority.lower()
         logging.basicConfig(level=logging.INFO, format=f"%(levelname)s dp_rank_{rank}: %(message)s", force=True)
         self._rank = rank
         self._group = group
@@ -82,6 +80,7 @@ class EngineActor:
         # One thread for all of torch: OpenMP keeps a pool of workers for each thread that ever computed, and lets the
         # workers sleep at every barrier when there are more of them than cores.
         self._thread = ThreadPoolExecutor(1, "engine")
+        self._loader = ThreadPoolExecutor(1, "loader", priority.stand_back) if meekly else self._thread
         self._memo = Memo()
         self._ended = threading.Event()
         self._cause = ""
@@ -116,11 +115,14 @@ class EngineActor:
     @ray.method(concurrency_group="load")
     def inspect(self) -> Shape:
         """The model's MoE layers and experts, and the slots that a rank has for them. Reads no weights."""
+        return self._loader.submit(self._inspect).result()
+
+    def _inspect(self) -> Shape:
         self._report("importing torch and transformers")
         from actors.engine.model import summarize
 
         self._report("reading the model's configuration")
-        summary = self._thread.submit(summarize, self._config.model).result()
+        summary = summarize(self._config.model)
         slots = self._config.expert_slots or -(-summary.num_experts // self._config.min_data_parallel_size)
         return Shape(summary.num_moe_layers, summary.num_experts, slots)
 
@@ -128,14 +130,11 @@ class EngineActor:
     def load(self, index: int, expert_map: ExpertMap) -> Ready:
         """Reads the weights of member ``index`` by ``expert_map``, allocates the KV cache, binds the sockets."""
         started = time.monotonic()
-        from actors.engine.core import EngineCore
-
-        ip = ray.util.get_node_ip_address()
-        building = self._thread.submit(
-            EngineCore.build, self._rank, index, expert_map, self._config, ip, self._keys, self._report
-        )
-        self._core = building.result()
-        self._priority.restore()
+        runner = self._loader.submit(self._load, index, expert_map).result()
+        # Its threads for torch go with it.
+        if self._loader is not self._thread:
+            self._loader.shutdown()
+        self._core = self._thread.submit(self._open, runner).result()
         self._ready = Ready(
             rank=self._rank,
             address=self._core.mailbox.address,
@@ -146,6 +145,18 @@ class EngineActor:
         )
         self._report("ready")
         return self._ready
+
+    def _load(self, index: int, expert_map: ExpertMap) -> ModelRunner:
+        from actors.engine.runner import ready
+
+        return ready(index, expert_map, self._config, self._report)
+
+    def _open(self, runner: ModelRunner) -> EngineCore:
+        from actors.engine.core import EngineCore
+        from actors.engine.mailbox import Mailbox
+
+        # Not while loading: threads, those of ZeroMQ too, have the priority of the thread that started them.
+        return EngineCore(self._rank, self._config, runner, Mailbox(ray.util.get_node_ip_address(), self._keys))
 
     @ray.method(concurrency_group="load")
     def connect_coordinator(self, address: str) -> None:

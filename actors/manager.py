@@ -25,6 +25,7 @@ from actors.engines import Engine, EngineSet, GroupError
 from actors.expert_load import LoadWindow, imbalance
 from actors.group import Contact, Group, Totals
 from actors.legacy import Legacy
+from actors.operations import Operations, impossible, outside, refusal, shown
 from actors.settings import GroupSettings, Memo
 from actors.siblings import Siblings
 from actors.sockets import Keys
@@ -37,8 +38,6 @@ logger = logging.getLogger(__name__)
 ROOT_CAUSE_S = 0.5
 # A group that breaks more than ``max_restarts`` times within this is given up.
 RESTART_WINDOW_S = 600.0
-# Ended operations that are remembered, so that who asks again learns how they ended.
-HISTORY = 64
 
 
 class EngineManager:
@@ -56,10 +55,9 @@ class EngineManager:
         )
         self._memo = Memo()
         self._refused = ""
-        self._change: Change | None = None
+        self._operations = Operations()
         self._work: asyncio.Task[None] | None = None
         self._repair: asyncio.Task[None] | None = None
-        self._operations: dict[str, Operation] = {}
         self._totals = Totals()
         self._upkeep: list[asyncio.Task[None]] = []
         self._followed: tuple[str, str] | None = None
@@ -105,53 +103,38 @@ class EngineManager:
         when it was not admitted. A known ``operation_id`` gives that operation, whatever else is asked.
         """
         await self._recover()
-        if operation_id in self._operations:
-            return self._shown(self._operations[operation_id])
-        if refusal := self._not_now():
-            return refusal
+        if known := self._operations.of(operation_id):
+            return shown(known)
+        if refused := self._not_now():
+            return refused
         ranks = [engine.rank for engine in self._engines]
-        if outside := self._outside(size):
-            return _refusal("invalid", outside)
-        if unknown := sorted(set(retire or ()) - set(ranks)):
-            message = f"ranks {unknown} are not in the group; its ranks are {ranks}"
-            return _refusal("invalid", message, "retire_ranks")
-        if size == len(ranks) and not retire:
-            return _refusal("invalid", f"the group has {size} ranks already")
-        if retire and len(ranks) - len(set(retire)) < 1:
-            return _refusal(
-                "invalid", f"all ranks {ranks} would leave: keep at least one, it carries the requests over"
-            )
-        if retire and len(ranks) - len(set(retire)) > size:
-            return _refusal("invalid", f"{len(ranks)} ranks without {sorted(set(retire))} are more than {size}")
+        if unfit := self._outside(size):
+            return refusal("invalid", unfit)
+        if refused := impossible(size, ranks, retire or ()):
+            return refused
         leaving = tuple(sorted(set(retire))) if retire else tuple(ranks[size:])
         self._memo = Memo(self._memo.declared, size)
         operation = self._operation("scale", size, leaving, drain_timeout_s, operation_id)
         self._begin(operation)
-        return self._shown(operation)
+        return shown(operation)
 
     async def rebalance_experts(self, operation_id: str | None = None) -> dict[str, Any]:
         """Places the experts by the load measured lately; otherwise like ``scale_elastic_ep``."""
         await self._recover()
-        if operation_id in self._operations:
-            return self._shown(self._operations[operation_id])
+        if known := self._operations.of(operation_id):
+            return shown(known)
         tokens = await self._load.read()
-        if refusal := self._not_now():
-            return refusal
+        if refused := self._not_now():
+            return refused
         if tokens is None:
-            return _refusal("invalid", "no expert was chosen lately, so there is no load to balance by: send requests")
+            return refusal("invalid", "no expert was chosen lately, so there is no load to balance by: send requests")
         operation = self._operation("rebalance", len(self._engines), (), None, operation_id)
         self._begin(operation, tokens)
-        return self._shown(operation)
+        return shown(operation)
 
     async def cancel(self, operation_id: str) -> dict[str, Any]:
         """Rolls an operation back, if it can be. Like ``scale_elastic_ep``."""
-        if operation_id not in self._operations:
-            return _refusal("invalid", f"no operation {operation_id!r} is known: see the status for the present one")
-        change = self._change
-        if change is not None and change.operation.id == operation_id and not change.cancel("it was cancelled"):
-            message = f"operation {operation_id} is {change.operation.phase.value}: too late to cancel it"
-            return self._shown(change.operation) | _refusal("busy", message)
-        return self._shown(self._operations[operation_id])
+        return self._operations.cancel(operation_id)
 
     async def contact(self) -> Contact:
         """How to reach the group, once it serves. Raises GroupError with the root cause if it can't be made."""
@@ -174,7 +157,7 @@ class EngineManager:
 
     async def status(self) -> dict[str, Any]:
         group = self._group
-        newest = self._change.operation if self._change is not None else next(reversed(self._operations.values()), None)
+        newest = self._operations.newest
         return {
             "phase": group.phase,
             "cause": group.cause,
@@ -185,7 +168,7 @@ class EngineManager:
             "wanted_data_parallel_size": self._memo.wanted,
             "refused": self._refused,
             "imbalance": self._imbalance,
-            "operation": None if newest is None else self._shown(newest),
+            "operation": None if newest is None else shown(newest),
             "totals": asdict(self._totals),
             "ranks": [
                 {"rank": e.rank, "node_id": e.group.node_id, "local_rank": e.group.local_rank}
@@ -213,22 +196,14 @@ class EngineManager:
     # --- admitting -------------------------------------------------------------------------------------------------
 
     def _outside(self, size: int) -> str:
-        smallest, largest = self._settings.min_size, self._settings.max_size
-        if size >= smallest and (largest is None or size <= largest):
-            return ""
-        return (
-            f"data_parallel_size={size} is outside {smallest} .. {largest or 'any'}: choose a size inside "
-            "min_data_parallel_size .. max_data_parallel_size, or widen them"
-        )
+        return outside(size, self._settings.min_size, self._settings.max_size)
 
     def _not_now(self) -> dict[str, Any] | None:
-        if self._change is not None:
-            running = self._change.operation
-            message = f"operation {running.id} ({running.kind} to {running.to_size} ranks) runs: {running.phase.value}"
-            return self._shown(running) | _refusal("busy", message)
+        if busy := self._operations.busy():
+            return busy
         if self._group.phase != "serving" or self._work is not None or self._repair is not None:
             cause = f": {self._group.cause}" if self._group.cause else ""
-            return _refusal("unavailable", f"the group is {self._group.phase}{cause}; it must serve to be changed")
+            return refusal("unavailable", f"the group is {self._group.phase}{cause}; it must serve to be changed")
         return None
 
     def _operation(
@@ -242,10 +217,6 @@ class EngineManager:
             retire=retire,
             drain_timeout_s=self._settings.drain_timeout_s if drain_timeout_s is None else drain_timeout_s,
         )
-
-    def _shown(self, operation: Operation) -> dict[str, Any]:
-        shown: dict[str, Any] = msgspec.to_builtins(operation)
-        return shown
 
     # --- carrying out ----------------------------------------------------------------------------------------------
 
@@ -261,9 +232,8 @@ class EngineManager:
             self._begin(self._operation("scale", wanted, tuple(ranks[wanted:]), None))
 
     def _begin(self, operation: Operation, load: np.ndarray | None = None) -> None:
-        self._change = Change(operation, self._resources, load)
-        self._remember(operation)
-        self._work = asyncio.create_task(self._carry_out(self._change))
+        change = self._operations.running = Change(operation, self._resources, load)
+        self._work = asyncio.create_task(self._carry_out(change))
 
     async def _carry_out(self, change: Change) -> None:
         self._keep_up()
@@ -271,8 +241,8 @@ class EngineManager:
         try:
             operation = await change.run()
         finally:
-            self._change = self._work = None
-            self._remember(change.operation)
+            self._work = None
+            self._operations.end()
         self._totals.add(operation)
         if operation.error:
             self._roll_back(operation, wanted)
@@ -294,15 +264,10 @@ class EngineManager:
             self._memo = Memo(self._memo.declared, len(self._engines))
         self._group.touch()
 
-    def _remember(self, operation: Operation) -> None:
-        self._operations[operation.id] = operation
-        while len(self._operations) > HISTORY:
-            del self._operations[next(iter(self._operations))]
-
     async def _interrupt(self, why: str) -> None:
         """Ends what is under way, whatever it is."""
-        if self._change is not None:
-            self._change.cancel(why)
+        if self._operations.running is not None:
+            self._operations.running.cancel(why)
         if self._work is not None and self._work is not asyncio.current_task():
             with contextlib.suppress(Exception):
                 await self._work
@@ -424,10 +389,6 @@ class EngineManager:
 
     def _remove_groups(self, held: set[str]) -> None:
         groups.remove_all(group.id for group in groups.find(self._siblings.namespace) if group.id not in held)
-
-
-def _refusal(refused: str, message: str, param: str | None = None) -> dict[str, Any]:
-    return {"refused": refused, "message": message} | ({"param": param} if param else {})
 
 
 Manager = ray.remote(EngineManager)

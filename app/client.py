@@ -33,6 +33,7 @@ from app.errors import (
     Unavailable,
 )
 from app.flight import Flight, Generation, TokensMissing
+from app.flights import Flights
 from app.limits import Limits
 from app.links import Configure, CoordinatorLink, EngineLink, Locate
 
@@ -75,11 +76,9 @@ class Client:
         self._balancer = Balancer(random.randrange(1 << 16) if offset is None else offset)
         self._wave = (0, False)  # (wave, running), the latest known; ordered as a tuple
         self._links: dict[int, EngineLink] = {}
-        self._flights: dict[str, tuple[Flight, Call]] = {}  # by wire id; also those that wait for a rank
+        self._flights = Flights()
         self._rumoured_epoch = 0  # the newest that an engine spoke of
-        self._unplaced: dict[str, None] = {}
         self._strays: dict[int, set[str]] = {}
-        self._waiting = 0
         self._lost: EngineDeadError | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._retry: asyncio.TimerHandle | None = None
@@ -146,12 +145,12 @@ class Client:
     @property
     def waiting(self) -> int:
         """Requests of this client that have no output yet."""
-        return self._waiting
+        return self._flights.waiting
 
     @property
     def running(self) -> int:
         """Requests of this client that have output and are not finished."""
-        return len(self._flights) - self._waiting
+        return len(self._flights) - self._flights.waiting
 
     @property
     def trouble(self) -> str | None:
@@ -186,17 +185,16 @@ class Client:
             raise self._lost
         if self._context is None:
             raise Unavailable("This front-end is not connected to the group.")
-        if self._waiting + len(generations) > self.limits.max_queued_requests:
+        if self.waiting + len(generations) > self.limits.max_queued_requests:
             raise Overloaded(
-                f"{self._waiting} requests are waiting and {len(generations)} more would exceed this server's queue "
+                f"{self.waiting} requests are waiting and {len(generations)} more would exceed this server's queue "
                 f"of {self.limits.max_queued_requests}; try again later."
             )
         timeout_s = self.limits.request_timeout_s if timeout_s is None else timeout_s
         call = Call(generations, self._loop.time(), self._release)
         call.expire_after(timeout_s)
         for flight in call.flights:
-            self._flights[flight.wire_id] = (flight, call)
-            self._waiting += 1
+            self._flights.add(flight, call)
         for flight in call.flights:
             self._place(flight, call)
         return call
@@ -230,9 +228,9 @@ class Client:
                 call.fail(InvalidRequest(str(error), param="data_parallel_rank"))
                 return
         if rank is None:
-            self._unplaced[flight.wire_id] = None
+            self._flights.displaced(flight)
             return
-        self._unplaced.pop(flight.wire_id, None)
+        self._flights.placed(flight)
         flight.rank = rank
         wave, running = self._wave
         self._links[rank].send(flight.submit(self.epoch))
@@ -241,7 +239,7 @@ class Client:
 
     def _place_all(self) -> None:
         self._retry = None
-        for flight, call in [self._flights[wire_id] for wire_id in self._unplaced]:
+        for flight, call in self._flights.unplaced:
             self._place(flight, call)
 
     def _replay(self, flight: Flight, call: Call, reason: str, min_epoch: int = 0) -> None:
@@ -250,19 +248,14 @@ class Client:
         self._forget(flight)
         flight.next_attempt()
         flight.min_epoch = min_epoch
-        self._flights[flight.wire_id] = (flight, call)
-        if not flight.seen:
-            self._waiting += 1
-        self._unplaced[flight.wire_id] = None
+        self._flights.add(flight, call)
+        self._flights.displaced(flight)
 
     def _forget(self, flight: Flight) -> bool:
         """Takes a flight's present attempt out of the books; False if it was not in them."""
-        if self._flights.pop(flight.wire_id, None) is None:
+        if not self._flights.remove(flight):
             return False
-        self._unplaced.pop(flight.wire_id, None)
         self._balancer.ended(flight.wire_id)
-        if not flight.seen:
-            self._waiting -= 1
         return True
 
     def _release(self, flights: Sequence[Flight]) -> None:
@@ -276,7 +269,7 @@ class Client:
                 self._links[rank].send(wire.Abort(self.epoch, wire_ids))
 
     def _fail_all(self, error: ServingError) -> None:
-        for call in {id(call): call for _, call in self._flights.values()}.values():
+        for call in self._flights.calls:
             call.fail(error)
 
     # --- what comes from the engines ----------------------------------------------------------------------------
@@ -321,9 +314,7 @@ class Client:
         if not flight.answered:
             flight.answered = True
             self._balancer.seen(flight.wire_id, outputs.wave, outputs.step)
-        if not flight.seen:
-            flight.seen = True
-            self._waiting -= 1
+        self._flights.saw(flight)
         if delta.finish is not None:
             self._forget(flight)
 
@@ -364,7 +355,7 @@ class Client:
             if members.get(rank) == link.member:
                 continue
             link.drain()  # what it finished before it left need not be made again
-            moving = [(flight, call) for flight, call in self._flights.values() if flight.rank == rank]
+            moving = self._flights.on(rank)
             if moving:
                 link.send(wire.Abort(self.epoch, [flight.wire_id for flight, _ in moving]))
             link.close()
@@ -400,7 +391,7 @@ class Client:
     def _give_up_waiting(self) -> None:
         """Ends requests that no rank took in time; one that a rank had taken waits until its own deadline."""
         now = self._loop.time()
-        for flight, call in [self._flights[wire_id] for wire_id in self._unplaced]:
+        for flight, call in self._flights.unplaced:
             if now - flight.admitted_at > self.limits.start_timeout_s and not flight.attempts:
                 waited = f"The request waited {self.limits.start_timeout_s:g} s for a rank."
                 call.fail(Unavailable(f"{waited} {self.trouble or ''}".rstrip()))

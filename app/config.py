@@ -115,6 +115,11 @@ class AppConfig(BaseModel):
     max_num_batched_tokens: Positive | None = Field(
         None, description="Token budget of one step of a rank; unset: 512 on cpu, 8192 on cuda."
     )
+    prefill_chunk: Positive | None = Field(
+        None,
+        description="Tokens of each prompt in one step while others decode. Fewer mean shorter gaps for them, and a "
+        "later first token; unset: only the token budget counts.",
+    )
     max_queue: Positive = Field(1024, description="Requests a rank lets wait; more get 429.")
     cuda_graphs: tuple[Positive, ...] | None = Field(
         None,
@@ -254,6 +259,7 @@ class AppConfig(BaseModel):
             max_model_len=self.context_length,
             max_num_seqs=self.step_seqs,
             max_num_batched_tokens=self.step_tokens,
+            prefill_chunk=self.prefill_chunk,
             max_queue=self.max_queue,
             expert_slots=self.expert_slots,
             min_data_parallel_size=self.min_data_parallel_size,

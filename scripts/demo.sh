@@ -31,6 +31,8 @@ PY
 export RAY_SERVE_ENABLE_HA_PROXY=1 RAY_SERVE_THROUGHPUT_OPTIMIZED=1
 # Serve's controller looks at everything ten times a second by itself, which takes 4 % of a core.
 export RAY_SERVE_CONTROL_LOOP_INTERVAL_S=${RAY_SERVE_CONTROL_LOOP_INTERVAL_S:-0.5}
+# Else ranks that serve have nice 15, and a worker that Ray starts takes their cores at 0.
+export RAY_worker_niceness=0
 export RAY_AUTH_MODE=${RAY_AUTH_MODE:-disabled} RAY_USAGE_STATS_ENABLED=0 RAY_DEDUP_LOGS=0
 # Ray's CPUs are logical: room for as many ranks as the demo may be scaled to, whatever the machine has.
 export RAY_OVERRIDE_RESOURCES=${RAY_OVERRIDE_RESOURCES:-'{"CPU": 4}'}

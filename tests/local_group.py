@@ -23,12 +23,15 @@ IP = "127.0.0.1"
 def _engine(pipe: Connection, rank: int, index: int, size: int, config: EngineConfig, keys: Keys) -> None:
     from actors.engine.core import EngineCore
     from actors.engine.experts.planner import Shape, plan
+    from actors.engine.mailbox import Mailbox
     from actors.engine.model import summarize
+    from actors.engine.runner import ready
 
     shape = summarize(config.model)
     slots = config.expert_slots or -(-shape.num_experts // config.min_data_parallel_size)
     expert_map = plan(Shape(shape.num_moe_layers, shape.num_experts, slots), range(size))
-    core = EngineCore.build(rank, index, expert_map, config, IP, keys, lambda doing: None)
+    runner = ready(index, expert_map, config, lambda doing: None)
+    core = EngineCore(rank, config, runner, Mailbox(IP, keys))
     pipe.send(core.mailbox.address)
     store = None
     thread: threading.Thread | None = None

@@ -12,8 +12,9 @@ class EngineConfig(msgspec.Struct, frozen=True):
     ``device`` ``cpu`` or ``cuda``. ``kv_blocks`` blocks of ``block_size`` tokens form the KV cache; when None, they are
     what ``memory_fraction`` of the memory holds that the weights, and on cuda the largest step, leave free.
     ``max_model_len`` bounds prompt and completion together. ``max_num_batched_tokens`` bounds the tokens of one step,
-    ``max_num_seqs`` its sequences, ``max_queue`` the requests waiting (more are refused as ``overloaded``).
-    ``expert_slots`` is the number of physical slots per MoE layer, by default what a group of
+    ``max_num_seqs`` its sequences, ``prefill_chunk`` the prompt tokens in it, for each request that is not complete
+    yet, while others decode (None: not at all), ``max_queue`` the requests waiting (more are refused as
+    ``overloaded``). ``expert_slots`` is the number of physical slots per MoE layer, by default what a group of
     ``min_data_parallel_size`` ranks needs. ``threads`` are torch's intra-op threads. ``load_format`` is ``auto``, the
     checkpoint, or ``dummy``, random weights by ``seed``. On cuda, up to ``max_ranks`` ranks of one machine exchange
     rows through each other's memory. ``cuda_graphs`` are the padded numbers of sequences for which a step is captured
@@ -30,6 +31,7 @@ class EngineConfig(msgspec.Struct, frozen=True):
     max_model_len: int = 2048
     max_num_seqs: int = 64
     max_num_batched_tokens: int = 512
+    prefill_chunk: int | None = None
     max_queue: int = 1024
     expert_slots: int | None = None
     min_data_parallel_size: int = 1

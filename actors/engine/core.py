@@ -20,7 +20,6 @@ from actors.engine.blocks import BlockPool
 from actors.engine.config import EngineConfig
 from actors.engine.experts.exchange import Exchange, SoloExchange
 from actors.engine.experts.map import ExpertMap
-from actors.engine.experts.routing import Routing
 from actors.engine.mailbox import Mailbox
 from actors.engine.request import Request
 from actors.engine.runner import ModelRunner, StepFailed
@@ -28,7 +27,6 @@ from actors.engine.salvage import Salvage
 from actors.engine.scheduler import Output, Scheduler
 from actors.engine.standby import Standby
 from actors.membership import NO_EPOCH, Epoch
-from actors.sockets import Keys
 from actors.transition import Ballot
 from actors.waves import EngineWaves, Report, Standing
 
@@ -59,6 +57,7 @@ class EngineCore:
         self._last_stats: tuple[int, int, int] | None = None
         self._salvage: Salvage | None = None
         self._held: list[Output] = []  # of the last step: sent beside the next one
+        self._others_compute = False  # in the last step, for which this rank waited
         self._stopping = False
         self._syncing = False
         self._counters = {"steps": 0, "dummy_steps": 0, "step_failures": 0}
@@ -67,34 +66,10 @@ class EngineCore:
             max_model_len=config.max_model_len,
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=config.max_num_batched_tokens,
+            prefill_chunk=config.prefill_chunk,
             max_queue=config.max_queue,
             vocab_size=runner.summary.vocab_size,
         )
-
-    @classmethod
-    def build(
-        cls,
-        rank: int,
-        index: int,
-        expert_map: ExpertMap,
-        config: EngineConfig,
-        ip: str,
-        keys: Keys,
-        report: Callable[[str], None],
-    ) -> EngineCore:
-        """Reads the weights that member ``index`` holds by ``expert_map``, warms up, and binds the sockets on ``ip``.
-
-        ``report`` is told what is being done. Raises ValueError on a checkpoint or configuration that can't work.
-        """
-        report(f"loading weights of {config.model}")
-
-        def progress(done: int, total: int) -> None:
-            report(f"loading weights of {config.model}: {done / 2**30:.1f} of {total / 2**30:.1f} GiB")
-
-        runner = ModelRunner(config, Routing(expert_map, index), SoloExchange(), progress)
-        report("warming up")
-        runner.warm_up()
-        return cls(rank, config, runner, Mailbox(ip, keys))
 
     # --- the next epoch, from any thread ---------------------------------------------------------------------------
 
@@ -277,6 +252,7 @@ class EngineCore:
             self._step_alone(batch)
             self._syncing = False
         vectors = self._exchange.gather()
+        self._others_compute = not alone and sum(vector[1] for vector in vectors) > batch.num_tokens
         work = any(vector[0] for vector in vectors)
         self._take(self._waves.synced(work))
         self._wake()
@@ -309,7 +285,9 @@ class EngineCore:
             batch = self._next_batch()
 
     def _next_batch(self) -> Batch:
-        return self._scheduler.schedule() if self._salvage is None else self._salvage.next()
+        if self._salvage is not None:
+            return self._salvage.next()
+        return self._scheduler.schedule(self._others_compute)
 
     def _step(self, batch: Batch, tokens: list[int]) -> None:
         if not batch.slices:

@@ -6,7 +6,7 @@ import contextlib
 import functools
 import logging
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from typing import Any
 
@@ -18,6 +18,7 @@ from actors.engine.batch import Batch
 from actors.engine.config import EngineConfig
 from actors.engine.experts.exchange import Exchange, PeerLost, SoloExchange
 from actors.engine.experts.layer import Experts, ExpertsBroken
+from actors.engine.experts.map import ExpertMap
 from actors.engine.experts.mesh import MeshExchange
 from actors.engine.experts.routing import Routing
 from actors.engine.loader import Loader, Progress
@@ -199,3 +200,19 @@ class ModelRunner:
 
         torch.backends.cuda.matmul.allow_tf32 = False
         fuse(self.model)
+
+
+def ready(index: int, expert_map: ExpertMap, config: EngineConfig, report: Callable[[str], None]) -> ModelRunner:
+    """A runner with the weights that member ``index`` holds by ``expert_map``, warmed up; not in any group yet.
+
+    ``report`` is told what is being done. Raises as ``ModelRunner`` does.
+    """
+    report(f"loading weights of {config.model}")
+
+    def progress(done: int, total: int) -> None:
+        report(f"loading weights of {config.model}: {done / 2**30:.1f} of {total / 2**30:.1f} GiB")
+
+    runner = ModelRunner(config, Routing(expert_map, index), SoloExchange(), progress)
+    report("warming up")
+    runner.warm_up()
+    return runner

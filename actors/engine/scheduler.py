@@ -11,6 +11,10 @@ to be computed again later (preemption by recomputation). The oldest request the
 ends. A prompt too long for what is left of a step's tokens is computed over several steps (chunked prefill); since
 nothing is admitted behind it before it is complete, it is the last of ``running``, and going through ``running`` in
 order means decodes first.
+
+A long prefill keeps everybody waiting who decodes in the same step, on this rank or, in lockstep, on another. So while
+somebody decodes, prompts get ``prefill_chunk`` tokens of a step for each request that still has some to compute (as in
+Sarathi-Serve, arXiv 2403.02310, but that many waiting prompts, which cost throughput, widen the share).
 """
 
 from __future__ import annotations
@@ -37,7 +41,8 @@ class Scheduler:
     """The requests of one rank.
 
     ``max_num_batched_tokens`` and ``max_num_seqs`` bound a step, ``max_model_len`` a sequence (prompt and generated
-    tokens), ``max_queue`` the requests waiting. Raises ValueError if a step could not hold one token of each sequence.
+    tokens), ``max_queue`` the requests waiting; ``prefill_chunk`` bounds prefills beside decodes, by nothing more when
+    None. Raises ValueError if a step could not hold one token of each sequence.
     """
 
     def __init__(
@@ -49,6 +54,7 @@ class Scheduler:
         max_num_batched_tokens: int,
         max_queue: int,
         vocab_size: int,
+        prefill_chunk: int | None = None,
     ) -> None:
         if not 1 <= max_num_seqs <= max_num_batched_tokens:
             raise ValueError(
@@ -61,6 +67,7 @@ class Scheduler:
         self._max_num_seqs = max_num_seqs
         self._max_num_batched_tokens = max_num_batched_tokens
         self._max_queue = max_queue
+        self._prefill_chunk = prefill_chunk
         self._vocab_size = vocab_size
         self._requests: dict[str, Request] = {}
         self._waiting: deque[Request] = deque()
@@ -111,11 +118,14 @@ class Scheduler:
             self.pool.withdraw(request.blocks)
         return self._drop(request_id, "error", failure)
 
-    def schedule(self) -> Batch:
-        """The next step; ``EMPTY`` when there is nothing to do. Raises RuntimeError while another is under way."""
+    def schedule(self, others_wait: bool = False) -> Batch:
+        """The next step; ``EMPTY`` when there is nothing to do. Raises RuntimeError while another is under way.
+
+        ``others_wait``: sequences of other ranks wait for the end of this step.
+        """
         if self._batch.slices:
             raise RuntimeError("schedule() while a step is under way: commit or void it first")
-        batch = self._again() or self._fresh()
+        batch = self._again() or self._fresh(self._budget(others_wait))
         self._batch = batch
         return batch
 
@@ -167,10 +177,16 @@ class Scheduler:
         self._owners = [owner for _, owner in kept]
         return Batch(tuple(piece for piece, _ in kept))
 
-    def _fresh(self) -> Batch:
+    def _budget(self, others_wait: bool) -> int:
+        decodes = sum(len(request) - request.computed == 1 for request in self._running)
+        if self._prefill_chunk is None or not (decodes or others_wait):
+            return self._max_num_batched_tokens
+        prefills = len(self._requests) - decodes
+        return min(self._max_num_batched_tokens, decodes + self._prefill_chunk * prefills)
+
+    def _fresh(self, budget: int) -> Batch:
         slices: list[Slice] = []
         self._owners = []
-        budget = self._max_num_batched_tokens
         while len(slices) < len(self._running) and budget:
             request = self._running[len(slices)]
             count = min(len(request) - request.computed, budget)

@@ -215,10 +215,12 @@ def gpu_bytes() -> list[int]:
 def line(row: dict[str, Any]) -> str:
     gpus = ", ".join(f"{used / 2**30:.1f}" for used in row["gpu_bytes_used"])
     phases = ", ".join(f"{name} {spent:.1f}" for name, spent in row["operation"]["seconds"].items() if spent >= 0.05)
+    operation = row["operation"]
     return (
         f"to {row['size']}: {row['seconds']:.1f} s ({phases}); longest gap {row['longest_gap_s'] * 1e3:.0f} ms, steady "
         f"{row['steady_p50_s'] * 1e3:.1f} / {row['steady_p99_s'] * 1e3:.1f} / {row['steady_max_s'] * 1e3:.1f} ms "
-        f"(p50 / p99 / longest); GiB in use: {gpus or '-'}; pause {row['operation']['pause_s'] * 1e3:.1f} ms; {row['operation']['error'] or 'done'}"
+        f"(p50 / p99 / longest); pause {operation['pause_s'] * 1e3:.1f} ms; GiB in use: {gpus or '-'}; "
+        f"{operation['error'] or 'done'}"
     )
 
 

@@ -17,10 +17,15 @@ from test_manager import Application, application, client_of, reference, tokens,
 from tiny_models import build
 
 from app.client import Client
+from placement import groups
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 
 LENGTH = 60
+CYCLES = 50
+# Until then caches and pools fill up.
+SETTLED = 10
+MEMORY_MIB = 24  # allocators' noise
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +79,12 @@ async def scale(app: Application, size: int, **options: Any) -> dict[str, Any]:
     return await end_of(app, admitted["id"])
 
 
+async def policies(app: Application, rank: int) -> set[int]:
+    """By which the threads of a rank are scheduled."""
+    process = (await app.engines[f"dp_rank_{rank}"].hello.remote()).pid
+    return {os.sched_getscheduler(int(thread.name)) for thread in Path(f"/proc/{process}/task").iterdir()}
+
+
 async def until(condition: Callable[[], Awaitable[bool]]) -> None:
     async def wait() -> None:
         while not await condition():
@@ -99,6 +110,7 @@ def test_growing_and_shrinking_while_requests_run(checkpoint: Path, expected: li
                     status = await app.manager.status.remote()
                     assert [rank["rank"] for rank in status["ranks"]] == list(range(size))
                     assert sorted(app.engines) == [f"dp_rank_{rank}" for rank in range(size)]
+                    assert os.SCHED_IDLE not in await policies(app, size - 1)
                     before = finished[0]
                     await until(lambda before=before: _more(finished, before + 2))  # type: ignore[misc]
                     assert client.epoch == number and len(client.loads) == size
@@ -147,6 +159,7 @@ def test_who_asks_for_the_impossible_is_refused_and_nothing_changes(checkpoint: 
             ):
                 refused = await ask(size, **options)
                 assert refused["refused"] == "invalid"
+                assert refused.get("param") == ("retire_ranks" if options else None)
                 with pytest.raises(AssertionError, match=message):
                     raise AssertionError(refused["message"])
             assert (await app.manager.rebalance_experts.remote())["refused"] == "invalid"
@@ -251,6 +264,43 @@ def test_a_declared_size_is_taken_up_and_the_last_one_wins(checkpoint: Path, exp
                 assert await _size(app, 2)
 
         asyncio.run(run())
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_fifty_cycles_leave_nothing_behind(checkpoint: Path, expected: list[int]) -> None:
+    with application(checkpoint, expert_slots=5, min_data_parallel_size=1) as app:
+        app.serve(2)
+
+        async def run() -> None:
+            survivors = [app.manager, app.coordinator, app.engines["dp_rank_0"], app.engines["dp_rank_1"]]
+            pids = [await actor.__ray_call__.remote(lambda _: os.getpid()) for actor in survivors]
+            async with client_of(app) as client, load(client, expected, streams=2):
+                for cycle in range(1, CYCLES + 1):
+                    for size in (3, 2):
+                        assert (await scale(app, size))["error"] == ""
+                    if cycle % 10 == 0:
+                        held = [_held(pid) for pid in [*pids, os.getpid()]]
+                        print(cycle, held, len(list(Path("/dev/shm").iterdir())))
+                    if cycle == SETTLED:
+                        settled = held
+                for before, after in zip(settled, held, strict=True):
+                    assert after["files"] <= before["files"] + 2 and after["threads"] <= before["threads"] + 1
+                    assert after["MiB"] <= before["MiB"] + MEMORY_MIB
+
+        asyncio.run(run())
+        assert len(groups.find(app.siblings.namespace)) == 2
+
+
+def _held(pid: int) -> dict[str, int]:
+    """What a process occupies."""
+    process = Path(f"/proc/{pid}")
+    status = dict(line.split(":", 1) for line in (process / "status").read_text().splitlines())
+    return {
+        "files": len(list((process / "fd").iterdir())),
+        "threads": int(status["Threads"]),
+        "MiB": int(status["VmRSS"].split()[0]) // 1024,
+    }
 
 
 async def _size(app: Application, size: int) -> bool:

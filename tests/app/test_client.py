@@ -401,7 +401,7 @@ def test_a_long_running_request_that_loses_its_rank_waits_for_another():
             client._links[1].attached = False
             group.change([1])
             await until(lambda: client.epoch == 2)
-            assert client._unplaced
+            assert client._flights.unplaced
             client._give_up_waiting()
             group.engines[1].deaf = False
             assert await task == (expected(900), "length")

@@ -248,8 +248,46 @@ def _deploy(size: int) -> None:
 
 
 def _scaled(size: int) -> bool:
-    status = httpx.get(f"{URL}/is_scaling_elastic_ep").json()
+    status = _status()
     return status["data_parallel_size"] == size and not status["is_scaling_elastic_ep"]
+
+
+def test_a_file_that_is_bad_or_no_news_changes_nothing(client: openai.OpenAI) -> None:
+    def lasting() -> set[int]:
+        return {actor["pid"] for actor in ray_list("actors") if actor["state"] == "ALIVE"}
+
+    def group() -> tuple[int, int]:
+        status = _status()
+        return status["epoch"], status["data_parallel_size"]
+
+    before = lasting()
+    _deploy(1)
+    wait_for(lambda: _scaled(1), 180)
+    httpx.post(f"{URL}/scale_elastic_ep", json={"new_data_parallel_size": 2}, timeout=180).raise_for_status()
+    scaled, before = group(), before & lasting()
+    _deploy(1)  # the same file again
+    _deploy(9)
+    wait_for(lambda: "data_parallel_size=9 is outside 1 .. 4" in str(_status()["error"]))
+    assert client.completions.create(model="demo", prompt="x", max_tokens=2, temperature=0).choices
+    _deploy(1)
+    wait_for(lambda: _status()["error"] == "")
+    assert group() == scaled and before <= lasting()
+    # A front-end that starts reads the file, too.
+    replicas = [a for a in ray_list("actors") if a["name"].startswith("SERVE_REPLICA") and a["state"] == "ALIVE"]
+    os.kill(replicas[0]["pid"], signal.SIGKILL)
+    wait_for(lambda: _front_ends_other_than(replicas[0]["pid"]) == len(replicas), 120)
+    assert group() == scaled
+    _deploy(2)
+
+
+def _status() -> dict[str, Any]:
+    status: dict[str, Any] = httpx.get(f"{URL}/is_scaling_elastic_ep").json()
+    return status
+
+
+def _front_ends_other_than(pid: int) -> int:
+    alive = [a for a in ray_list("actors") if a["name"].startswith("SERVE_REPLICA") and a["state"] == "ALIVE"]
+    return len([actor for actor in alive if actor["pid"] != pid])
 
 
 def test_losing_a_front_end_costs_only_its_own_connections(client: openai.OpenAI) -> None:
@@ -262,11 +300,7 @@ def test_losing_a_front_end_costs_only_its_own_connections(client: openai.OpenAI
     for _ in range(5):
         assert patient.completions.create(model="demo", prompt="x", max_tokens=2, temperature=0).choices
 
-    def healed() -> bool:
-        alive = [a for a in ray_list("actors") if a["name"].startswith("SERVE_REPLICA") and a["state"] == "ALIVE"]
-        return len(alive) == 2 and replicas[0]["pid"] not in {actor["pid"] for actor in alive}
-
-    wait_for(healed, 120)
+    wait_for(lambda: _front_ends_other_than(replicas[0]["pid"]) == 2, 120)
     assert engines <= {a["pid"] for a in ray_list("actors") if a["state"] == "ALIVE"}
 
 

@@ -92,7 +92,9 @@ class Device:
 class Rank:
     """A scheduler, its device, and what the clients have been told."""
 
-    def __init__(self, blocks: int = 14, block_size: int = 2, max_num_seqs: int = 3, budget: int = 5) -> None:
+    def __init__(
+        self, blocks: int = 14, block_size: int = 2, max_num_seqs: int = 3, budget: int = 5, chunk: int | None = None
+    ) -> None:
         self.pool = BlockPool(blocks, block_size)
         self.limits = (max_num_seqs, budget)
         self.scheduler = Scheduler(
@@ -102,6 +104,7 @@ class Rank:
             max_num_batched_tokens=budget,
             max_queue=4,
             vocab_size=VOCAB,
+            prefill_chunk=chunk,
         )
         self.device = Device(block_size)
         self.live: dict[str, Request] = {}  # in order of arrival
@@ -121,9 +124,9 @@ class Rank:
             self.told[request_id] = list(generated)
         return refusal
 
-    def schedule(self) -> Batch:
+    def schedule(self, others_wait: bool = False) -> Batch:
         before = [request for request in self.live.values() if request.status is Status.RUNNING]
-        batch = self.scheduler.schedule()
+        batch = self.scheduler.schedule(others_wait)
         max_num_seqs, budget = self.limits
         assert len(batch.slices) <= max_num_seqs and batch.num_tokens <= budget
         assert self.scheduler.running <= max_num_seqs
@@ -181,9 +184,11 @@ prompts = st.one_of(
 class Life(RuleBasedStateMachine):
     """Requests come and go, steps are committed, voided, broken into by aborts, or fail in part."""
 
+    chunk: int | None = None
+
     def __init__(self) -> None:
         super().__init__()
-        self.rank = Rank()
+        self.rank = Rank(chunk=self.chunk)
         self.batch: Batch | None = None
         self.voided: Batch | None = None
         self.expected: dict[str, tuple[list[int], str]] = {}
@@ -217,9 +222,9 @@ class Life(RuleBasedStateMachine):
                 assert self.rank.scheduler.waiting >= 4
 
     @precondition(lambda self: self.batch is None)
-    @rule()
-    def schedule(self) -> None:
-        self.batch = self.rank.schedule()
+    @rule(others_wait=st.booleans())
+    def schedule(self, others_wait: bool) -> None:
+        self.batch = self.rank.schedule(others_wait)
         if self.voided is not None:
             kept = tuple(piece for piece in self.voided.slices if piece.request_id in self.rank.live)
             if kept:
@@ -283,8 +288,13 @@ class Life(RuleBasedStateMachine):
                 assert (told, self.rank.finish[request_id]) == (tokens, finish)
 
 
-TestLife = Life.TestCase
+class LifeInChunks(Life):
+    chunk = 1
+
+
+TestLife, TestLifeInChunks = Life.TestCase, LifeInChunks.TestCase
 TestLife.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+TestLifeInChunks.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
 
 
 @settings(max_examples=60, deadline=None)
@@ -371,6 +381,29 @@ def test_the_newest_gives_way_when_blocks_run_out_and_comes_back_first() -> None
             preempted_at = [request.status for request in rank.live.values()]
     assert preempted_at == [Status.RUNNING, Status.RUNNING, Status.WAITING]
     assert list(rank.finish) == ["r0", "r1", "r2"]
+
+
+def test_prompts_take_small_steps_while_somebody_decodes() -> None:
+    def lengths(others_wait: bool = False) -> list[int]:
+        batch = rank.schedule(others_wait)
+        rank.hear(rank.scheduler.commit(batch, rank.device.run(batch)))
+        return [len(piece.tokens) for piece in batch.slices]
+
+    endless = {"eos_token_ids": (), "stop_token_ids": ()}
+    rank = Rank(blocks=60, max_num_seqs=8, budget=24, chunk=4)
+    rank.add([2] * 10, **endless)
+    assert lengths() == [10]  # nobody waits for it
+    rank.add([3] * 10, **endless)
+    assert [lengths(), lengths(), lengths(), lengths()] == [[1, 4], [1, 4], [1, 2], [1, 1]]
+    rank.add([4] * 10, **endless)
+    rank.add([5] * 10, **endless)
+    assert lengths() == [1, 1, 8]  # two of them have twice the room
+    assert lengths() == [1, 1, 2, 6]
+    assert lengths() == [1, 1, 1, 4]
+
+    rank = Rank(blocks=60, max_num_seqs=8, budget=24, chunk=4)
+    rank.add([2] * 10, **endless)
+    assert [lengths(others_wait=True), lengths(others_wait=True), lengths()] == [[4], [4], [2]]
 
 
 def test_an_id_reused_in_the_middle_of_a_step_does_not_get_the_old_ones_token() -> None:
