@@ -237,4 +237,7 @@ class _BodyLimit:
 
 
 def _version() -> str:
-    return importlib.metadata.version("accordion")
+    try:
+        return importlib.metadata.version("accordion")
+    except importlib.metadata.PackageNotFoundError:  # run from a checkout that was not installed
+        return "unknown"
