@@ -6,12 +6,13 @@ reads them. The weights as they were given remain pages of the checkpoint, which
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 import torch
 
 from actors.engine.cpu.panels import Panels
+from actors.engine.turns import take_turns
 
 # The number of rows oneDNN's layout is chosen for; it serves any number. Measured best over 1 to 256 rows.
 _ROWS = 32
@@ -74,33 +75,6 @@ def join(groups: Iterable[Sequence[torch.nn.Linear]]) -> dict[tuple[torch.nn.Lin
     joined = {}
     for group in groups:
         linear = Linear([layer.weight.detach() for layer in group], [layer.bias for layer in group])
-        turns = _Turns(linear)
-        for position, layer in enumerate(group):
-            setattr(layer, "forward", turns.of(position))  # noqa: B010
+        take_turns(group, linear)
         joined[tuple(group)] = linear
     return joined
-
-
-class _Turns:
-    """The first member called with a tensor computes for all; the others find their part."""
-
-    def __init__(self, linear: Linear) -> None:
-        self._linear = linear
-        self._input: torch.Tensor | None = None
-        self._outputs: tuple[torch.Tensor, ...] = ()
-
-    def of(self, position: int) -> Callable[[torch.Tensor], torch.Tensor]:
-        sizes = self._linear.sizes
-        if len(sizes) == 1:
-            return self._linear
-        last = position == len(sizes) - 1
-
-        def forward(x: torch.Tensor) -> torch.Tensor:
-            if x is not self._input:
-                self._input, self._outputs = x, self._linear(x).split(sizes, -1)
-            output = self._outputs[position]
-            if last:
-                self._input, self._outputs = None, ()
-            return output
-
-        return forward

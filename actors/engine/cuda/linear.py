@@ -9,7 +9,7 @@ sums the parts, in their order.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 
 from actors.engine.cuda.overlap import MOST_AHEAD, begin, fetch_ahead, launch
+from actors.engine.turns import take_turns
 
 # The most rows of a layer that our kernel takes: one tile of the matrix units. More go through torch's product.
 FEW_ROWS = 16
@@ -220,33 +221,6 @@ def join(groups: Iterable[Sequence[torch.nn.Linear]]) -> dict[tuple[torch.nn.Lin
         alone = any(uses[id(layer.weight)] > 1 for layer in group) or len({layer.weight.dtype for layer in group}) > 1
         for layers in [[layer] for layer in group] if alone else [group]:
             linear = Linear(layers)
-            turns = _Turns(linear)
-            for position, layer in enumerate(layers):
-                setattr(layer, "forward", turns.of(position))  # noqa: B010
+            take_turns(layers, linear)
             joined[tuple(layers)] = linear
     return joined
-
-
-class _Turns:
-    """The first member called with a tensor computes for all; the others find their part."""
-
-    def __init__(self, linear: Linear) -> None:
-        self._linear = linear
-        self._input: torch.Tensor | None = None
-        self._outputs: tuple[torch.Tensor, ...] = ()
-
-    def of(self, position: int) -> Callable[[torch.Tensor], torch.Tensor]:
-        sizes = self._linear.sizes
-        if len(sizes) == 1:
-            return self._linear
-        last = position == len(sizes) - 1
-
-        def forward(x: torch.Tensor) -> torch.Tensor:
-            if x is not self._input:
-                self._input, self._outputs = x, self._linear(x).split(sizes, -1)
-            output = self._outputs[position]
-            if last:
-                self._input, self._outputs = None, ()
-            return output
-
-        return forward
