@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import platform
-import socket
 import threading
 import time
 import uuid
@@ -180,21 +179,8 @@ class CudaPeers:
             waited = time.monotonic() - started
             if waited > 2 * timeout_s:
                 raise PeerLost(f"a step of rank index {self.rank_index} did not end within {waited:.1f} s")
-            if not self._broken and (waited > timeout_s or _lost(self._mesh)):
+            if not self._broken and (waited > timeout_s or self._mesh.lost()):
                 self.break_off()
-
-
-def _lost(mesh: MeshExchange) -> bool:
-    """Whether the connection to some member is broken."""
-    for peer in mesh._peers.values():
-        try:
-            if not peer.recv(1, socket.MSG_PEEK):
-                return True
-        except BlockingIOError:
-            continue
-        except OSError:
-            return True
-    return False
 
 
 def _machine() -> str:

@@ -93,6 +93,18 @@ class MeshExchange:
         except OSError:  # nothing there yet, or the connection broke
             return False
 
+    def lost(self) -> bool:
+        """Whether the connection to some member is broken. Does not wait."""
+        for peer in self._peers.values():
+            try:
+                if not peer.recv(1, socket.MSG_PEEK):
+                    return True
+            except BlockingIOError:
+                continue
+            except OSError:
+                return True
+        return False
+
     def dispatch(self, rows: torch.Tensor, tokens_per_rank: Sequence[int]) -> torch.Tensor:
         here = rows.cpu().contiguous()
         gathered = here.new_empty(sum(tokens_per_rank), here.shape[1])
