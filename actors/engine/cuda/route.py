@@ -59,8 +59,9 @@ def _arrived(windows, pad, kind, me, source, turn, void, MAX_RANKS: tl.constexpr
         behind = tl.load(flag, volatile=True) - turn
         if tl.load(abort, volatile=True) != 0:
             behind = 0
-    # The loads above order nothing; this does.
-    arrived = tl.atomic_add(flag, 0, sem="acquire", scope="sys") - turn >= 0
+    # The loads above order nothing; this does. Rows that came before the host broke off are nobody's any more: their
+    # rank is in another epoch, where late results would overwrite those it waits for.
+    arrived = (tl.atomic_add(flag, 0, sem="acquire", scope="sys") - turn >= 0) & (tl.load(abort, volatile=True) == 0)
     if not arrived:
         tl.store(void, 1)
     return arrived
