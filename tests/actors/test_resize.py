@@ -16,6 +16,7 @@ from cluster import running_cluster
 from test_manager import Application, application, client_of, reference, tokens, wait_for
 from tiny_models import build
 
+from actors import priority
 from app.client import Client
 from placement import groups
 
@@ -79,11 +80,13 @@ async def scale(app: Application, size: int, **options: Any) -> dict[str, Any]:
     return await end_of(app, admitted["id"])
 
 
-async def niceness(app: Application, rank: int) -> set[int]:
-    """Of all threads of a rank."""
+async def stands_back(app: Application, rank: int) -> bool:
+    """Whether any thread of a rank has the priority at which it loaded."""
     process = (await app.engines[f"dp_rank_{rank}"].hello.remote()).pid
+    usual = os.getpriority(os.PRIO_PROCESS, process)
     threads = Path(f"/proc/{process}/task").iterdir()
-    return {os.getpriority(os.PRIO_PROCESS, int(thread.name)) for thread in threads}
+    present = {os.getpriority(os.PRIO_PROCESS, int(thread.name)) for thread in threads}
+    return min(usual + priority.STEP, priority.LOWEST) in present
 
 
 async def until(condition: Callable[[], Awaitable[bool]]) -> None:
@@ -111,7 +114,7 @@ def test_growing_and_shrinking_while_requests_run(checkpoint: Path, expected: li
                     status = await app.manager.status.remote()
                     assert [rank["rank"] for rank in status["ranks"]] == list(range(size))
                     assert sorted(app.engines) == [f"dp_rank_{rank}" for rank in range(size)]
-                    assert len(await niceness(app, size - 1)) == 1  # nothing of it stands back any more
+                    assert not await stands_back(app, size - 1)
                     before = finished[0]
                     await until(lambda before=before: _more(finished, before + 2))  # type: ignore[misc]
                     assert client.epoch == number and len(client.loads) == size
