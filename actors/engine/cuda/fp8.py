@@ -17,7 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
-from actors.engine.cuda.gemm import Shape, _find, _tiles
+from actors.engine.cuda.gemm import Shape, _codes, _find, _homes, _origins, _tiles
 
 BLOCK = 128
 """Rows and columns of a weight that share a scale."""
@@ -54,13 +54,8 @@ def expand(
     columns: tl.constexpr = WIDTH // BN
     for work in range(tl.program_id(0), tl.max(ends, 0) * columns, tl.num_programs(0)):
         number, block, pair, left, place = _find(work, columns, slot, pairs, before, ends, BM)
-        row = tl.arange(0, BM)
-        real = row < left
-        code = tl.load(index + number.to(tl.int64) * capacity + pair + row, mask=real, other=0)
-        source = code // (max_rows * TOP_K)
-        token = (code // TOP_K).to(tl.int64)
-        own = hidden + (token - source.to(tl.int64) * max_rows) * K
-        start = tl.where(source == me, own, received + token * K)
+        row, real, code = _codes(index, number, capacity, pair, left, BM)
+        start = _origins(code, hidden, received, me, max_rows, K, TOP_K)
         k = tl.arange(0, BK)
         column = block * BN + tl.arange(0, BN)
         first = weight + number.to(tl.int64) * (N * K) + column[:, None] * K + k[None, :]
@@ -91,10 +86,7 @@ def contract(
     columns: tl.constexpr = N // BN
     for work in range(tl.program_id(0), tl.max(ends, 0) * columns, tl.num_programs(0)):
         number, block, pair, left, place = _find(work, columns, slot, pairs, before, ends, BM)
-        row = tl.arange(0, BM)
-        real = row < left
-        code = tl.load(index + number.to(tl.int64) * capacity + pair + row, mask=real, other=0)
-        source = code // (max_rows * TOP_K)
+        row, real, code = _codes(index, number, capacity, pair, left, BM)
         k = tl.arange(0, BK)
         column = block * BN + tl.arange(0, BN)
         start = inner + (place + row).to(tl.int64) * K
@@ -104,10 +96,7 @@ def contract(
         for at in range(0, K, BK):
             x = tl.load(start[:, None] + (at + k)[None, :], mask=real[:, None], other=0)
             total = _product(total, weights + at, scales + at // _BLOCK, x, PRECISION)
-        offset = (tl.load(windows + source, mask=real, other=0) - here) // (
-            results.dtype.element_ty.primitive_bitwidth // 8
-        )
-        home = results + tl.multiple_of(offset, 16) + (code - source * (max_rows * TOP_K)).to(tl.int64) * N
+        home = _homes(code, real, results, windows, here, max_rows, N, TOP_K)
         tl.store(home[:, None] + column[None, :], tl.trans(total).to(results.dtype.element_ty), mask=real[:, None])
 
 

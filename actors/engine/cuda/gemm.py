@@ -55,6 +55,34 @@ def _find(work, columns, slot, pairs, before, ends, BM: tl.constexpr):
 
 
 @triton.jit
+def _codes(index, number, capacity, pair, left, BM: tl.constexpr):
+    """Of a tile, ``[BM]`` each: its rows, which of them are pairs, and those pairs' codes (see ``route.py``)."""
+    row = tl.arange(0, BM)
+    real = row < left
+    return row, real, tl.load(index + number.to(tl.int64) * capacity + pair + row, mask=real, other=0)
+
+
+@triton.jit
+def _origins(code, hidden, received, me, max_rows, K: tl.constexpr, TOP_K: tl.constexpr):
+    """Where the pairs' rows begin: in ``hidden [rows, K]`` this rank's, in ``received`` the others'."""
+    source = code // (max_rows * TOP_K)
+    token = (code // TOP_K).to(tl.int64)
+    own = hidden + (token - source.to(tl.int64) * max_rows) * K
+    return tl.where(source == me, own, received + token * K)
+
+
+@triton.jit
+def _homes(code, real, results, windows, here, max_rows, N: tl.constexpr, TOP_K: tl.constexpr):
+    """Where the pairs' results begin in the windows of the ranks where their tokens are at home."""
+    source = code // (max_rows * TOP_K)
+    # Offsets from the own window, not addresses: only these keep the compiler's word that stores may be wide.
+    offset = (tl.load(windows + source, mask=real, other=0) - here) // (
+        results.dtype.element_ty.primitive_bitwidth // 8
+    )
+    return results + tl.multiple_of(offset, 16) + (code - source * (max_rows * TOP_K)).to(tl.int64) * N
+
+
+@triton.jit
 def _rows(starts, real, k, K: tl.constexpr, EVEN: tl.constexpr):
     """``[rows, k]`` of the rows that begin at ``starts``; zeros where they are not ``real``."""
     mask = real[:, None] if EVEN else real[:, None] & (k < K)[None, :]
@@ -97,13 +125,8 @@ def expand(
     columns: tl.constexpr = (WIDTH + BN - 1) // BN
     for work in range(tl.program_id(0), tl.max(ends, 0) * columns, tl.num_programs(0)):
         number, block, pair, left, place = _find(work, columns, slot, pairs, before, ends, BM)
-        row = tl.arange(0, BM)
-        real = row < left
-        code = tl.load(index + number.to(tl.int64) * capacity + pair + row, mask=real, other=0)
-        source = code // (max_rows * TOP_K)
-        token = (code // TOP_K).to(tl.int64)
-        own = hidden + (token - source.to(tl.int64) * max_rows) * K
-        start = tl.where(source == me, own, received + token * K)
+        row, real, code = _codes(index, number, capacity, pair, left, BM)
+        start = _origins(code, hidden, received, me, max_rows, K, TOP_K)
         k = tl.arange(0, BK)
         column = block * BN + tl.arange(0, BN)
         inside = column < WIDTH
@@ -151,10 +174,7 @@ def contract(
     columns: tl.constexpr = (N + BN - 1) // BN
     for work in range(tl.program_id(0), tl.max(ends, 0) * columns, tl.num_programs(0)):
         number, block, pair, left, place = _find(work, columns, slot, pairs, before, ends, BM)
-        row = tl.arange(0, BM)
-        real = row < left
-        code = tl.load(index + number.to(tl.int64) * capacity + pair + row, mask=real, other=0)
-        source = code // (max_rows * TOP_K)
+        row, real, code = _codes(index, number, capacity, pair, left, BM)
         k = tl.arange(0, BK)
         column = block * BN + tl.arange(0, BN)
         inside = column < N
@@ -167,11 +187,7 @@ def contract(
             total = tl.dot(a, b, total, input_precision=PRECISION)
         if BIASED:
             total += tl.load(bias + number * N + column, mask=inside, other=0).to(tl.float32)[None, :]
-        # Offsets from the own window, not addresses: only these keep the compiler's word that stores may be wide.
-        offset = (tl.load(windows + source, mask=real, other=0) - here) // (
-            weight.dtype.element_ty.primitive_bitwidth // 8
-        )
-        home = results + tl.multiple_of(offset, 16) + (code - source * (max_rows * TOP_K)).to(tl.int64) * N
+        home = _homes(code, real, results, windows, here, max_rows, N, TOP_K)
         tl.store(
             home[:, None] + column[None, :],
             total.to(results.dtype.element_ty),
