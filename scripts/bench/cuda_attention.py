@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
+from ceilings import copy_bandwidth
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -87,7 +88,7 @@ class Rig:
     def begin(self, spans: Sequence[tuple[int, int, int]], padded: int | None = None) -> None:
         """A step in which sequence ``i`` computes positions ``a .. b - 1``, for each ``(i, a, b)``."""
         parts = tuple(rehearsal([0] * (b - a), a, self.blocks[i]) for i, a, b in spans)
-        self.inputs.fill(Batch(parts), None if padded is None else lambda rows: padded)
+        self.inputs.fill(Batch(parts), padded)
         self.attention.begin(self.inputs)
 
     def random(self, rows: int, heads: int, width: int) -> torch.Tensor:
@@ -203,13 +204,6 @@ def captured(run: Callable[[], object]) -> Callable[[], object]:
     with torch.cuda.graph(graph):
         run()
     return graph.replay
-
-
-def copy_bandwidth() -> float:
-    """Bytes per second, read and written, of a copy within the device."""
-    source = torch.randn(2**28, device=DEVICE)
-    target = torch.empty_like(source)
-    return 2 * source.nbytes / median_ms(lambda: target.copy_(source)) * 1e3
 
 
 QWEN = Case("Qwen3-30B-A3B", torch.bfloat16, HEADS, KV_HEADS, WIDTH, WIDTH)

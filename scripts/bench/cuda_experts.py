@@ -23,7 +23,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from ceilings import copy_bandwidth, matrix_rate
 
+from actors.engine.cuda import experts as cuda_experts
 from actors.engine.cuda import gemm
 from actors.engine.cuda.experts import CudaExperts
 from actors.engine.cuda.gemm import Shape
@@ -170,18 +172,6 @@ def check(device: torch.device) -> None:
         assert experts.chosen.sum() == experts.computed
 
 
-def copy_rate(device: torch.device) -> float:
-    """Bytes read and written a second."""
-    source = torch.randn(2**28, device=device)
-    target = torch.empty_like(source)
-    return 2 * source.numel() * 4 / (time_of(lambda: target.copy_(source), 20) * 1e-3)
-
-
-def matrix_rate(device: torch.device) -> float:
-    a, b = (torch.randn(8192, 8192, device=device, dtype=torch.bfloat16) for _ in range(2))
-    return 2 * 8192**3 / (time_of(lambda: a @ b, 20) * 1e-3)
-
-
 def time_of(work: Callable[[], Any], repeat: int) -> float:
     """Median milliseconds."""
     for _ in range(3):
@@ -267,10 +257,10 @@ def times(experts: CudaExperts, rates: tuple[float, float]) -> list[dict[str, An
     for rows in TOKENS:
         block = Block(experts, rows)
         result = {"rows": rows, "floor": floor(rows, block.distinct, rates), "block": block.time(repeats(rows))}
-        if experts.overlap:
-            experts.overlap = False
+        if rows <= (most := cuda_experts.MOST_ROWS):
+            cuda_experts.MOST_ROWS = -1
             result["no overlap"] = Block(experts, rows).time(repeats(rows))
-            experts.overlap = True
+            cuda_experts.MOST_ROWS = most
         results.append(result | block.kernels() | grouped(block))
     return results
 
@@ -349,7 +339,7 @@ def main() -> None:
         check(device)
     if "times" in only or "tune" in only:
         stage("rates")
-        rates = copy_rate(device), matrix_rate(device)
+        rates = copy_bandwidth(), matrix_rate()
         report["copy"], report["matrix"] = rates
         modules = [Gated(EXPERTS, HIDDEN, INNER, torch.bfloat16, device).fill(i, range(EXPERTS)) for i in range(LAYERS)]
         experts = make(modules, MAX_ROWS)
@@ -375,7 +365,7 @@ def main() -> None:
         if rows:
             print(f"\n{title}, us a layer\n" + "".join(f"{name:>15}" for name in rows[0]))
         for row in rows:
-            print("".join(f"{value:15.1f}" for value in row.values()))
+            print("".join(f"{row[name]:15.1f}" if name in row else f"{'-':>15}" for name in rows[0]))
     if "copy" in report:
         copy, matrix = report["copy"] / 1e12, report["matrix"] / 1e12
         print(f"copy {copy:.2f} TB/s read and written, bf16 products {matrix:.0f} TFLOP/s, {report['device']}")

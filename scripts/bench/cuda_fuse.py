@@ -22,6 +22,7 @@ from typing import Any
 
 import shapes
 import torch
+from ceilings import copy_bandwidth
 from torch.nn.functional import linear
 
 from actors.engine.cuda import overlap
@@ -97,13 +98,6 @@ def kernels(call: Callable[[], Any]) -> int:
         call()
         torch.cuda.synchronize()
     return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in profile.events())
-
-
-def copy_bandwidth() -> float:
-    """Bytes per microsecond, read and written."""
-    source = torch.randn(2**28, device=DEVICE)
-    target = torch.empty_like(source)
-    return 2 * source.numel() * 4 / microseconds([lambda: target.copy_(source)] * 4)
 
 
 # --- right -----------------------------------------------------------------------------------------------------------
@@ -298,7 +292,7 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     torch.manual_seed(0)
     started = time.monotonic()
-    bandwidth = copy_bandwidth()
+    bandwidth = copy_bandwidth() / 1e6  # bytes per microsecond
     table = [f"{torch.cuda.get_device_name()}: copy {bandwidth / 1e6:.2f} TB/s (read + written)"]
     check_kernels()
     whole(table)

@@ -24,6 +24,7 @@ import numpy as np
 import origin
 import shapes
 import torch
+from ceilings import copy_bandwidth, matrix_rate
 
 from actors.engine import sampler
 from actors.engine.attention.base import bytes_per_block
@@ -99,37 +100,6 @@ def build(config: EngineConfig) -> ModelRunner:
     summary = summarize(config.model)
     slots = plan(Shape(summary.num_moe_layers, summary.num_experts), (0,))
     return ModelRunner(config, Routing(slots, 0), SoloExchange())
-
-
-# --- ceilings --------------------------------------------------------------------------------------------------------
-
-
-def copy_bandwidth() -> float:
-    """Bytes read and written per second by a large copy on the device."""
-    source = torch.randint(256, (2 << 30,), dtype=torch.uint8, device="cuda")
-    target = torch.empty_like(source)
-    return 2 * source.numel() / timed(lambda: target.copy_(source))
-
-
-def matrix_rate() -> float:
-    """Operations per second of a large bf16 product of random matrices."""
-    a, b = (torch.randn(8192, 8192, dtype=torch.bfloat16, device="cuda") for _ in range(2))
-    return 2 * 8192**3 / timed(lambda: a @ b)
-
-
-def timed(call: Callable[[], Any], repeats: int = 20) -> float:
-    """Median seconds of ``call`` on the device."""
-    for _ in range(3):
-        call()
-    times = []
-    for _ in range(repeats):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        call()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(end) / 1e3)
-    return statistics.median(times)
 
 
 # --- decode ----------------------------------------------------------------------------------------------------------
