@@ -55,7 +55,7 @@ class Description:
 class EngineActor:
     """One DP rank. ``lease_s`` seconds after the last ``renew`` it removes all groups of ``owner`` and ends itself.
 
-    With ``meekly`` it loads with what the cores have left over, since it joins a group that serves.
+    With ``meekly`` it loads at a lower priority than others compute with, since it joins a group that serves.
     """
 
     def __init__(

@@ -67,8 +67,9 @@ class WeightLoader(Loader):
     def _expert(self, layer: int, expert: int) -> Mapping[str, torch.Tensor]:
         weights = {}
         for leaf, (row, keys) in self._sources(layer, expert).items():
-            tensor = torch.cat([self._read(key, self.model.dtype, row) for key in keys])
-            weights[leaf] = self._to_device(tensor, self.model.dtype)
+            parts = [self._read(key, self.model.dtype, row) for key in keys]
+            # What is one piece stays a view of the file.
+            weights[leaf] = self._to_device(torch.cat(parts) if len(parts) > 1 else parts[0], self.model.dtype)
         return weights
 
     def _read(self, key: str, dtype: torch.dtype, row: int | None = None) -> torch.Tensor:

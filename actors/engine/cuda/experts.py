@@ -14,6 +14,7 @@ import torch
 import triton
 
 from actors.engine.cuda import fp8, gemm, route
+from actors.engine.cuda.overlap import launch
 from actors.engine.cuda.peers import CudaPeers
 from actors.engine.cuda.window import Layout, Window
 from actors.engine.experts.exchange import Exchange, PeerLost, SoloExchange
@@ -27,7 +28,8 @@ _PAIRS = 256
 # The fewest programs that dispatch: peers may have more rows than a graph was captured with.
 _PROGRAMS = 8
 _COLUMNS = 512
-_OVERLAPPED_ROWS = 16
+# Up to so many rows kernels start early (see ``overlap.py``); these are in the way sooner than others.
+MOST_ROWS = 16
 
 
 class CudaExperts:
@@ -68,8 +70,6 @@ class CudaExperts:
         # The interpreter runs one program after the other, and those of a kernel that waits must run together.
         cuda = device.type == "cuda"
         self.processors = torch.cuda.get_device_properties(device).multi_processor_count if cuda else 1
-        # Kernels of one layer are launched while the one before ends.
-        self.overlap = cuda and torch.cuda.get_device_capability(device) >= (9, 0)
         num_slots = len(self.layers[0].module.down_proj) if self.layers else 0
         # A rank by itself may send all of a token's pairs to one slot (Routing.alone), a group only one of them.
         self._capacity = max_rows * max(max_ranks, top_k)
@@ -214,7 +214,8 @@ class CudaExperts:
             hidden, ids, self.window.received, self.own_rows, self.chosen, self._table, self._local, *self._group,
             self._arrived, self._count, self._index, self._void,
             layer, self._num_slots, self._capacity, self.max_rows, self.window.layout.ids, self.window.layout.counts,
-            **self._sizes, BLOCK=_PAIRS, WIDTH=triton.next_power_of_2(self.hidden), **self._launch(hidden),
+            **self._sizes, BLOCK=_PAIRS, WIDTH=triton.next_power_of_2(self.hidden),
+            **launch(self.device, len(hidden), MOST_ROWS),
         )  # fmt: skip
 
     def _combine(self, layer: int, ids: torch.Tensor, weights: torch.Tensor, output: torch.Tensor) -> None:
@@ -223,7 +224,8 @@ class CudaExperts:
         route.combine[(min(32 * self.processors, max(1, items)),)](
             ids, weights, self.window.results, output, self.own_rows, self._table, self._local, *self._group,
             self._arrived, self._count, self._void, layer, len(output), self._num_slots,
-            **self._sizes, SLOTS=triton.next_power_of_2(max(1, self._num_slots)), WIDTH=width, **self._launch(output),
+            **self._sizes, SLOTS=triton.next_power_of_2(max(1, self._num_slots)), WIDTH=width,
+            **launch(self.device, len(output), MOST_ROWS),
         )  # fmt: skip
 
     def _multiply(self, layer: int, hidden: torch.Tensor) -> None:
@@ -238,7 +240,7 @@ class CudaExperts:
             "BIASED": products.biased, "PRECISION": "ieee" if self.dtype == torch.float32 else "tf32",
         }  # fmt: skip
         if kernels is gemm:
-            common |= self._launch(hidden)
+            common |= launch(self.device, len(hidden), MOST_ROWS)
         inner = self._inner
         if not products.gate:
             if hidden.is_cuda and torch.cuda.is_current_stream_capturing():
@@ -260,11 +262,6 @@ class CudaExperts:
             N=self.hidden, K=products.activated, **common,
             BM=down.rows, BN=down.columns, BK=down.depth, num_warps=down.warps, num_stages=down.stages,
         )  # fmt: skip
-
-    def _launch(self, hidden: torch.Tensor) -> dict[str, bool]:
-        """Kernels that start early take the place of those that still work, which pays for a few rows only."""
-        overlaps = self.overlap and len(hidden) <= _OVERLAPPED_ROWS
-        return {"OVERLAP": True, "launch_pdl": True} if overlaps else {"OVERLAP": False}
 
 
 class _Products:

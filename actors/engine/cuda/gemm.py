@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-from actors.engine.cuda.route import begin
+from actors.engine.cuda.overlap import begin_in_turn
 
 # Kinds of gate, see ``expand``.
 SILU, CLAMPED = 1, 2
@@ -114,7 +114,7 @@ def expand(
     both are clamped to ``limit``, as GPT-OSS has it. Also begins the turn in which results are exchanged, and adds to
     ``computed``.
     """
-    begin(OVERLAP)
+    begin_in_turn(OVERLAP)
     slot, pairs, before, ends = _tiles(count, num_slots, BM, SLOTS)
     if tl.program_id(0) == 0:
         tl.store(computed, tl.load(computed) + tl.sum(pairs, 0))
@@ -167,7 +167,7 @@ def contract(
 ):  # fmt: skip
     """The product of ``inner [pairs, K]`` with the slots' second weights ``[slots, N, K]``; each pair's row goes
     to its place among the ``results`` of the rank where its token is at home."""
-    begin(OVERLAP)
+    begin_in_turn(OVERLAP)
     here = tl.load(windows + tl.load(members + 1))
     slot, pairs, before, ends = _tiles(count, num_slots, BM, SLOTS)
     EVEN: tl.constexpr = (K % BK == 0) & (N % BN == 0)

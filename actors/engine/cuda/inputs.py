@@ -6,7 +6,6 @@ place; one copy from pinned memory fills it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -61,8 +60,8 @@ class StepInputs:
         self.rows = self.sequences = self.decodes = 0
         self.chunks: list[Chunk] = []
 
-    def fill(self, batch: Batch, padded: Callable[[int], int] | None = None) -> None:
-        """Describe ``batch``. With ``padded`` (rows to rows), which needs a batch of decodes, pad it to that size.
+    def fill(self, batch: Batch, padded: int | None = None) -> None:
+        """Describe ``batch``, one of decodes padded to ``padded`` rows if that is given.
 
         Returns once the host's side may be written again; the copy to the device is in the stream's order.
         """
@@ -93,7 +92,7 @@ class StepInputs:
         if padded is not None:
             if self.chunks:
                 raise ValueError("only a batch of decodes can be padded")
-            self.rows = self.sequences = padded(row)
+            self.rows = self.sequences = padded
             self._ids[row : self.rows] = self._positions[row : self.rows] = 0
             self._targets[row : self.rows] = -1
             self._lengths[row : self.rows] = 0

@@ -27,6 +27,14 @@ def begin(OVERLAP: tl.constexpr):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def begin_in_turn(OVERLAP: tl.constexpr):  # type: ignore[no-untyped-def]
+    """As ``begin``, but the next kernel starts only when all before this one is complete: no third one is resident."""
+    if OVERLAP:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+
+
+@triton.jit
 def fetch_ahead(pointers):  # type: ignore[no-untyped-def]
     """Ask for the 128-byte lines of these addresses, which must be valid, to come to the L2 cache."""
     tl.inline_asm_elementwise(
@@ -34,9 +42,12 @@ def fetch_ahead(pointers):  # type: ignore[no-untyped-def]
     )
 
 
-def launch(device: torch.device, rows: int) -> dict[str, bool]:
-    """What a kernel over ``rows`` rows that has ``OVERLAP``, and begins as it must, is launched with."""
-    return {"OVERLAP": True, "launch_pdl": True} if rows <= MOST_ROWS and _supported(device) else {"OVERLAP": False}
+def launch(device: torch.device, rows: int, most: int = MOST_ROWS) -> dict[str, bool]:
+    """What a kernel over ``rows`` rows that has ``OVERLAP``, and begins as it must, is launched with.
+
+    It starts early up to ``most`` rows, where the device can do that.
+    """
+    return {"OVERLAP": True, "launch_pdl": True} if rows <= most and _supported(device) else {"OVERLAP": False}
 
 
 @cache

@@ -19,17 +19,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-
-@triton.jit
-def begin(OVERLAP: tl.constexpr):
-    """Waits for the kernel before, if this one was launched while it ran, and lets the next one be launched.
-
-    Hopper's programmatic dependent launch, which closes the gap between two kernels; for those launched with
-    ``launch_pdl``.
-    """
-    if OVERLAP:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
+from actors.engine.cuda.overlap import begin_in_turn
 
 
 @triton.jit
@@ -98,7 +88,7 @@ def dispatch(
     ``[layers, experts]``). The programs wait for peers, so all of them must be resident at once; ``arrived`` counts
     them and must be zero.
     """
-    begin(OVERLAP)
+    begin_in_turn(OVERLAP)
     rows = tl.load(own_rows)
     size, me = tl.load(members), tl.load(members + 1)
     alone = tl.load(local + layer) != 0
@@ -163,7 +153,7 @@ def combine(
     Waits for the results that peers write into ``results [max_rows * k, H]``, and tells them that this rank's have
     been written by the kernel before.
     """
-    begin(OVERLAP)
+    begin_in_turn(OVERLAP)
     size, me = tl.load(members), tl.load(members + 1)
     if tl.program_id(0) == 0:
         slot = tl.arange(0, SLOTS)

@@ -44,7 +44,8 @@ def ladder(most: int) -> list[int]:
 class CudaSteps:
     """See ``Steps``. Building it runs a largest step, and takes of what is left the KV cache.
 
-    ``weights`` is what ``memory.weights_of`` said of the model. Raises ValueError when too little is left.
+    The group is this rank by itself meanwhile. ``weights`` is what ``memory.weights_of`` said of the model. Raises
+    ValueError when too little is left.
     """
 
     asynchronous = True
@@ -53,15 +54,14 @@ class CudaSteps:
         self.model = model
         self.config = config
         self.device = torch.device(config.device)
-        self._experts = model.experts
+        self._experts: CudaExperts = model.experts
         blocks = -(-config.max_model_len // config.block_size)
         self.inputs = StepInputs(
             config.max_num_batched_tokens, config.max_num_seqs, blocks, config.block_size, self.device
         )
-        if isinstance(self._experts, CudaExperts):
-            self._experts.own_rows = self.inputs.count
+        self._experts.own_rows = self.inputs.count
         wanted = ladder(config.max_num_seqs) if config.cuda_graphs is None else sorted(config.cuda_graphs)
-        self.sizes = wanted if isinstance(self._experts, CudaExperts) and self._experts.capturable else []
+        self.sizes = wanted if self._experts.capturable else []
         self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
         self._idle: torch.cuda.CUDAGraph | None = None
         self._done = torch.cuda.Event()
@@ -73,7 +73,7 @@ class CudaSteps:
     def run(self, batch: Batch) -> torch.Tensor:
         count = batch.num_tokens
         size = self._size_of(batch) if self._captured_suits else None
-        self.inputs.fill(batch, None if size is None else lambda _: size)
+        self.inputs.fill(batch, size)
         self.model.attention.begin(self.inputs)
         if size in self._graphs:
             graph, logits = self._graphs[size]
@@ -104,7 +104,7 @@ class CudaSteps:
     def wait(self) -> None:
         self._done.record()
         experts = self.model.experts
-        if isinstance(experts, CudaExperts) and isinstance(experts.exchange, CudaPeers):
+        if isinstance(experts.exchange, CudaPeers):
             experts.exchange.wait(self._done, self.config.collective_timeout_s)
             experts.check()
         else:

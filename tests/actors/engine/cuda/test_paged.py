@@ -79,7 +79,7 @@ class Stand:
             Slice(str(i), [0] * (b - a), a, self.made[i].blocks, True, [], [], SamplingParams(max_tokens=1))
             for i, (a, b) in spans.items()
         ]
-        self.inputs.fill(Batch(tuple(parts)), None if padded is None else lambda rows: padded)
+        self.inputs.fill(Batch(tuple(parts)), padded)
         self.attention.begin(self.inputs)
         keys, values = (
             torch.cat([getattr(self.made[i], name)[:, a:b] for i, (a, b) in spans.items()], 1)
@@ -238,7 +238,7 @@ def test_an_empty_step_and_one_of_padding_only() -> None:
     stand.attention.begin(stand.inputs)
     nothing = [torch.randn(0, heads, 8, device=DEVICE) for heads in (4, 2, 2)]
     assert stand.attention.store_and_attend(0, *nothing, SCALE, None, None).shape == (0, 4, 8)
-    stand.inputs.fill(Batch(()), lambda rows: 2)
+    stand.inputs.fill(Batch(()), 2)
     padding = [torch.full((2, heads, 8), torch.nan, device=DEVICE) for heads in (4, 2, 2)]
     assert (stand.attention.store_and_attend(0, *padding, SCALE, None, None) == 0).all()
 
