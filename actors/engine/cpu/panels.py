@@ -8,7 +8,8 @@ panel comes from memory once, in order, and from the core's cache for the tiles 
 Reading ahead is asked for: otherwise a core waits for memory at every page of a weight, and computes only in between.
 
 Any tile sums an output in the same order, fused multiply-adds along ``in``: a row's result depends neither on the rows
-beside it nor on the number of threads.
+beside it nor on the number of threads. Where a processor has matrix units, products of many rows run on those
+(``tiles``), and may differ by rounding.
 """
 
 from __future__ import annotations
@@ -25,6 +26,9 @@ from numba.core.registry import cpu_target
 from numba.extending import intrinsic
 
 from actors.engine.cpu import amx, threads
+
+if amx.available():  # compiled by its import, before the first request
+    from actors.engine.cpu import tiles
 
 # What Numba compiles for; its cache on disk tells processors apart by the same.
 _FEATURES: str = cpu_target.target_context.codegen().magic_tuple()[2]
@@ -223,8 +227,6 @@ class Panels:
         The groups cover all rows.
         """
         if len(x) >= _MANY * len(groups) and amx.available():
-            from actors.engine.cpu import tiles
-
             out = tiles.multiply(self._panels, self._biases, x.contiguous(), groups)
             return out if out.shape[1] == self._width else out[:, : self._width].contiguous()
         x = _apart(x) if len(x) > 1 and self._depth * _SIZE % _PAGE == 0 else x.contiguous()
