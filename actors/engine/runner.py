@@ -116,7 +116,7 @@ class ModelRunner:
             return mesh
 
     @functools.cached_property
-    def _windows(self) -> Any:
+    def _windows(self) -> PeerWindows:
         from actors.engine.cuda.peers import PeerWindows
 
         return PeerWindows(self.model.experts.window)
