@@ -215,6 +215,9 @@ class Server:
                 raise ServerFailed(f"{self.contender.name} not ready after {seconds:.0f} s:\n{self.log_end()}")
             time.sleep(0.25)
 
+    def processes(self) -> list[int]:
+        return members(self._process.pid)
+
     def log_end(self) -> str:
         lines = self._log.read_text(errors="replace").splitlines()
         return "\n".join([*lines[-25:], f"(all of it: {self._log})"])
@@ -222,7 +225,7 @@ class Server:
     def memory_bytes(self) -> int:
         """Memory of all its processes, shared pages counted once between them (proportional set size)."""
         total = 0
-        for pid in members(self._process.pid):
+        for pid in self.processes():
             with contextlib.suppress(OSError):
                 rollup = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
                 total += sum(int(line.split()[1]) * 1024 for line in rollup if line.startswith("Pss:"))
