@@ -172,7 +172,7 @@ class Change:
     async def _launch(self) -> Event:
         ranks = [engine.rank for engine in self._staying] + [group.rank for group in self._placed]
         if not self._placed:
-            await self._plan_experts(sorted(ranks), self._shape_of_group())
+            await self._plan_experts(sorted(ranks), await self._shape_of_group())
             return Event.DONE
         self._show(f"{len(self._placed)} ranks")
         self._joiners = self._engines.launch(self._placed, self._resources.keys, meekly=bool(self._staying))
@@ -185,8 +185,7 @@ class Change:
             for hello in hellos:
                 shake.hello(hello)
             self._show(shake.progress())
-            shapes = await all_of(self._joiners, lambda e: e.handle.inspect.remote(), "reading the model's config")
-            await self._plan_experts(sorted(ranks), shapes[0])
+            await self._plan_experts(sorted(ranks), await self._shape_of_group())
             assert self._layout is not None
             order, expert_map = self._layout
             loading = each(self._joiners, lambda e: e.handle.load.remote(order.index(e.rank), expert_map), "loading")
@@ -198,10 +197,14 @@ class Change:
             watching.cancel()
         return Event.DONE
 
-    def _shape_of_group(self) -> experts.Shape:
-        assert self._group.layout is not None
-        expert_map = self._group.layout[1]
-        return experts.Shape(expert_map.num_layers, expert_map.num_experts, expert_map.num_slots)
+    async def _shape_of_group(self) -> experts.Shape:
+        """That of the group that is there; for a first one, joiners read the model's configuration."""
+        if self._group.layout is not None:
+            expert_map = self._group.layout[1]
+            return experts.Shape(expert_map.num_layers, expert_map.num_experts, expert_map.num_slots)
+        shapes = await all_of(self._joiners, lambda e: e.handle.inspect.remote(), "reading the model's config")
+        shape: experts.Shape = shapes[0]
+        return shape
 
     async def _plan_experts(self, ranks: list[int], shape: experts.Shape) -> None:
         expert_map = await asyncio.to_thread(experts.plan, shape, ranks, self._group.layout, self._load)

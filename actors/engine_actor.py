@@ -3,11 +3,12 @@
 Everything here is control; requests and tokens never pass through actor calls. Three kinds of method, each in a
 concurrency group of its own, so that a long one never delays another: ``load`` (making the model ready), ``wait``
 (all that waits for others: death notices, the next epoch) and ``control`` (everything short). torch is imported by
-``inspect``, so that the process answers ``hello`` at once.
+``inspect`` or ``load``, whichever comes first, so that the process answers ``hello`` at once.
 """
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import sys
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 CONCURRENCY = {"load": 1, "wait": 8, "control": 4}
+IMPORTING = "importing torch and transformers"
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,8 @@ class EngineActor:
         self._ended = threading.Event()
         self._cause = ""
         self._lease_until = time.monotonic() + lease_s
+        # What is imported stays: to look through it for garbage, time and again, is a quarter of what importing costs.
+        gc.disable()
         threading.Thread(target=self._end_with_lease, name="lease", daemon=True).start()
 
     def __repr__(self) -> str:
@@ -118,7 +122,7 @@ class EngineActor:
         return self._loader.submit(self._inspect).result()
 
     def _inspect(self) -> Shape:
-        self._report("importing torch and transformers")
+        self._report(IMPORTING)
         from actors.engine.model import summarize
 
         self._report("reading the model's configuration")
@@ -134,6 +138,8 @@ class EngineActor:
         # Its threads for torch go with it.
         if self._loader is not self._thread:
             self._loader.shutdown()
+        gc.freeze()
+        gc.enable()
         self._core = self._thread.submit(self._open, runner).result()
         self._ready = Ready(
             rank=self._rank,
@@ -147,6 +153,8 @@ class EngineActor:
         return self._ready
 
     def _load(self, index: int, expert_map: ExpertMap) -> ModelRunner:
+        if "torch" not in sys.modules:
+            self._report(IMPORTING)
         from actors.engine.runner import ready
 
         return ready(index, expert_map, self._config, self._report)

@@ -13,7 +13,6 @@ from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-from transformers import AutoConfig
 
 from actors.engine.config import EngineConfig
 from actors.engine.quantization import blocks_of
@@ -225,8 +224,15 @@ class AppConfig(BaseModel):
         return self
 
     def _positions(self) -> int:
-        config = AutoConfig.from_pretrained(Path(self.model).expanduser().resolve())
-        return int(config.get_text_config().max_position_embeddings)
+        directory = Path(self.model).expanduser().resolve()
+        document = json.loads((directory / "config.json").read_text())
+        said = document.get("text_config", document).get("max_position_embeddings")
+        if said is None:
+            # Seconds to import, on the cores of a node that serves: Serve builds the application for each deploy.
+            from transformers import AutoConfig
+
+            said = AutoConfig.from_pretrained(directory).get_text_config().max_position_embeddings
+        return int(said)
 
     @property
     def context_length(self) -> int:

@@ -14,7 +14,6 @@ from typing import Any, TypeVar
 
 import jinja2
 from tokenizers import Tokenizer as Backend
-from transformers import AutoTokenizer
 
 from app.errors import InvalidRequest
 
@@ -34,6 +33,8 @@ class Tokenizer:
     """
 
     def __init__(self, path: str) -> None:
+        from transformers import AutoTokenizer  # seconds, and only who serves needs it
+
         self._templates = AutoTokenizer.from_pretrained(path)
         backend = getattr(self._templates, "backend_tokenizer", None)
         if not isinstance(backend, Backend):

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 SCALE = "_scale_inv"
 
@@ -58,6 +59,8 @@ def dequantize(weight: torch.Tensor, scale: torch.Tensor, blocks: Blocks, dtype:
 
 def quantize(weight: torch.Tensor, blocks: Blocks) -> tuple[torch.Tensor, torch.Tensor]:
     """The nearest ``(weight, scale)`` in FP8: a block's largest magnitude becomes the largest number there is."""
+    import torch  # whoever only asks how a checkpoint is quantised does without
+
     rows, columns = weight.shape[-2:]
     grid = blocks.grid(weight.shape)
     padded = weight.new_zeros(

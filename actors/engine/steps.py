@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import torch
 
-from actors.engine.attention.base import PagedAttention, bytes_per_block
+from actors.engine.attention.base import bytes_per_block
 from actors.engine.attention.torch_sdpa import TorchPagedAttention
 from actors.engine.batch import Batch, Slice
 from actors.engine.config import EngineConfig
@@ -55,6 +55,10 @@ class EagerSteps:
         self.config = config
         self.num_kv_blocks = self._count_blocks()
         model.attention = self._make_attention()
+        if config.kv_blocks is None:
+            # All of it at once, so that the next rank of this machine does not find free what this one counts on.
+            for pool in (*model.attention.keys, *model.attention.values):
+                pool.zero_()
 
     def run(self, batch: Batch, drawn: torch.Tensor | None = None) -> torch.Tensor:
         tokens: list[int] = []
@@ -97,7 +101,7 @@ class EagerSteps:
             self.model.experts.begin([batch.num_tokens])
             self.run(batch)
 
-    def _make_attention(self) -> PagedAttention:
+    def _make_attention(self) -> TorchPagedAttention:
         shapes, block_size, dtype = self.model.kv_shapes, self.config.block_size, self.model.dtype
         if dtype == torch.float32:
             from actors.engine.attention.compiled import CompiledPagedAttention

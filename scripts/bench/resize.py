@@ -30,6 +30,7 @@ from typing import Any, TypeVar
 import aiohttp
 import contenders
 from contenders import Server, ServerFailed, Setting
+from deployed import deploy
 from footprint import Footprint
 from load import RequestFailed, percentile
 from origin import origin
@@ -221,7 +222,10 @@ async def one(
         if from_size == target:
             return None
         asked = time.perf_counter()
-        operation = await operate(client, target, arguments.drain_timeout, arguments.operation_timeout)
+        if arguments.deploy:
+            operation = await in_thread(partial(declare, client, target, arguments))
+        else:
+            operation = await operate(client, target, arguments.drain_timeout, arguments.operation_timeout)
     except RolledBack as failure:
         operation, error = failure.operation, failure.cause
     except (ElasticError, TimeoutError) as failure:
@@ -248,6 +252,22 @@ async def operate(client: ElasticClient, target: int, drain_s: float | None, lim
         raise TimeoutError(f"not done after {limit_s:g} s, and could not be cancelled within {CANCEL_S:g} s more")
     operation: dict[str, Any] = task.result()["operation"]
     return operation
+
+
+def declare(client: ElasticClient, target: int, arguments: argparse.Namespace) -> dict[str, Any]:
+    """As ``operate``, by what ``serve deploy`` of the same file with another size does."""
+    before = client.status()["operation_id"]
+    deploy(arguments.dashboard, target)
+    until = time.monotonic() + arguments.operation_timeout
+    while time.monotonic() < until:
+        time.sleep(arguments.poll)
+        status = client.status()
+        operation: dict[str, Any] = status["operation"] or {}
+        if status["operation_id"] != before and operation["done"]:
+            if operation["error"]:
+                raise RolledBack(operation["error"], operation)
+            return operation
+    raise TimeoutError(f"not done after {arguments.operation_timeout:g} s")
 
 
 async def in_thread(call: Callable[[], Result]) -> Result:
@@ -311,6 +331,7 @@ def parse(given: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--sequence", type=sizes, default=[2, 3, 2, 1, 2, 4, 2], help="sizes; starts with the first")
     parser.add_argument("--random-minutes", type=float, default=0.0, help="random sizes for so long, instead")
     parser.add_argument("--largest", type=int, default=4, help="largest random size")
+    parser.add_argument("--deploy", action="store_true", help="resize by deploying a changed file, not over HTTP")
     parser.add_argument("--streams", type=int, default=4)
     parser.add_argument("--prompts", type=int, default=16)
     parser.add_argument("--seed", type=int, default=0, help="of prompts and random sizes")

@@ -104,7 +104,16 @@ def line(row: dict[str, Any]) -> str:
 def table(report: dict[str, Any]) -> str:
     """A line per resize, the totals and the goal, in Markdown."""
     machine, load, total = report["hardware"], report["load"], report["totals"]
-    heads = "resize", "seconds", "by phase", "longest gap", "in", "steady p50 / p99", "longest / p99", "first token"
+    heads = (
+        "resize",
+        "seconds",
+        "by phase",
+        "longest gap",
+        "in",
+        "steady p50 / p99",
+        "longest / p99",
+        "first token / steady",
+    )
     heads = *heads, "pause", "own stall", "requests", *BAD, "replayed", "experts moved", "result"
     lines = [
         "",
@@ -125,7 +134,7 @@ def table(report: dict[str, Any]) -> str:
             row["longest_gap_in"] or "-",
             f"{_cell(row['steady_gap_p50'])} / {_cell(row['steady_gap_p99'])}",
             "-" if row["ratio"] is None else f"{row['ratio']:.1f}",
-            _cell(row["first_token_max"]),
+            f"{_cell(row['first_token_max'])} / {_cell(row['first_token_max_steady'])}",
             _cell(row["pause"]),
             _cell(row["own_stall_max"]),
             str(row["requests"]),

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -101,3 +103,21 @@ def test_the_files_that_come_along_are_good(path: Path, checkpoint: str, tmp_pat
 
 def test_the_readme_has_the_table_of_today() -> None:
     assert table() in (ROOT / "README.md").read_text()
+
+
+def test_building_the_application_takes_no_torch(checkpoint):
+    """Serve builds it anew for each deploy, in a process of its own beside the ranks that serve."""
+    code = (
+        "import sys; from app.deployment import build_app; "
+        f"build_app({{'model': {checkpoint!r}, 'device': 'cpu'}}); "
+        "print({'torch', 'transformers', 'numba'} & set(sys.modules))"
+    )
+    built = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert built.stdout.strip() == "set()", built.stdout + built.stderr
+
+
+def test_positions_that_a_config_leaves_to_its_family(checkpoint, tmp_path):
+    document = json.loads(Path(checkpoint, "config.json").read_text())
+    del document["max_position_embeddings"]
+    (tmp_path / "config.json").write_text(json.dumps(document))
+    assert validated({"model": str(tmp_path), "device": "cpu"}).context_length == 131072  # of every Mixtral

@@ -10,6 +10,8 @@ token is written and its last is not, lest a request that produced NaN live on i
 
 from __future__ import annotations
 
+import math
+import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -56,6 +58,17 @@ class _Chunk:
     masks: dict[int | None, torch.Tensor] = field(default_factory=dict)
 
 
+def untouched(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    """Zeros in memory that the system gives a page at a time, when each is first written.
+
+    Small pages: the first block of a pool shall not have to wait for megabytes. What reads blocks gains nothing from
+    large ones.
+    """
+    room = mmap.mmap(-1, math.prod(shape) * dtype.itemsize)
+    room.madvise(mmap.MADV_NOHUGEPAGE)
+    return torch.frombuffer(room, dtype=dtype).view(*shape)
+
+
 class TorchPagedAttention:
     """See ``PagedAttention``; for any device and dtype.
 
@@ -71,7 +84,8 @@ class TorchPagedAttention:
         self.device = device
 
         def pool(heads: int, width: int) -> torch.Tensor:
-            return torch.zeros(heads, num_blocks, block_size, width, dtype=dtype, device=device)
+            shape = heads, num_blocks, block_size, width
+            return untouched(shape, dtype) if device.type == "cpu" else torch.zeros(shape, dtype=dtype, device=device)
 
         self.keys = [pool(shape.heads, shape.key_width) for shape in shapes]
         self.values = [pool(shape.heads, shape.value_width) for shape in shapes]
