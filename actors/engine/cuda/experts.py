@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import triton
 
-from actors.engine.cuda import fp8, gemm, route
+from actors.engine.cuda import fp8, gemm, gemv, route
 from actors.engine.cuda.overlap import launch
 from actors.engine.cuda.peers import CudaPeers
 from actors.engine.cuda.window import Layout, Window
@@ -30,6 +30,17 @@ _PROGRAMS = 8
 _COLUMNS = 512
 # Up to so many rows kernels start early (see ``overlap.py``); these are in the way sooner than others.
 MOST_ROWS = 16
+PAIRWISE_ROWS = 0
+GEMV = {"expand": (8, 4, 4), "contract": (16, 4, 4)}
+EAGER: set[str] = set()
+
+
+def launch_(name, device, rows, most):  # type: ignore[no-untyped-def]
+    options = launch(device, rows, most)
+    if options["OVERLAP"] and name in EAGER:
+        options["OVERLAP"] = 2
+    return options
+
 
 
 class CudaExperts:
@@ -215,7 +226,7 @@ class CudaExperts:
             self._arrived, self._count, self._index, self._void,
             layer, self._num_slots, self._capacity, self.max_rows, self.window.layout.ids, self.window.layout.counts,
             **self._sizes, BLOCK=_PAIRS, WIDTH=triton.next_power_of_2(self.hidden),
-            **launch(self.device, len(hidden), MOST_ROWS),
+            **launch_("dispatch", self.device, len(hidden), MOST_ROWS),
         )  # fmt: skip
 
     def _combine(self, layer: int, ids: torch.Tensor, weights: torch.Tensor, output: torch.Tensor) -> None:
@@ -225,7 +236,7 @@ class CudaExperts:
             ids, weights, self.window.results, output, self.own_rows, self._table, self._local, *self._group,
             self._arrived, self._count, self._void, layer, len(output), self._num_slots,
             **self._sizes, SLOTS=triton.next_power_of_2(max(1, self._num_slots)), WIDTH=width,
-            **launch(self.device, len(output), MOST_ROWS),
+            **launch_("combine", self.device, len(output), MOST_ROWS),
         )  # fmt: skip
 
     def _multiply(self, layer: int, hidden: torch.Tensor) -> None:
@@ -234,6 +245,9 @@ class CudaExperts:
         # Tiles suit the rows that this step has here when they are spread evenly; any others work too.
         pairs = max(len(hidden), sum(self._tokens) // len(self._tokens)) * self.top_k
         kernels = products.kernels
+        if kernels is gemm and len(hidden) <= PAIRWISE_ROWS:
+            self._pairwise(layer, hidden, products)
+            return
         up, down = (kernels.shape(self.dtype, pairs / slots, product) for product in ("expand", "contract"))
         common = {
             "TOP_K": self.top_k, "SLOTS": triton.next_power_of_2(slots), "TRANSPOSED": products.transposed,
@@ -261,6 +275,27 @@ class CudaExperts:
             self._windows, self._num_slots, self._capacity, self.max_rows,
             N=self.hidden, K=products.activated, **common,
             BM=down.rows, BN=down.columns, BK=down.depth, num_warps=down.warps, num_stages=down.stages,
+        )  # fmt: skip
+
+
+    def _pairwise(self, layer: int, hidden: torch.Tensor, products: Any) -> None:
+        slots = max(1, self._num_slots)
+        common = {"TOP_K": self.top_k, "SLOTS": triton.next_power_of_2(slots), "BIASED": products.biased}
+        common |= launch(self.device, len(hidden), MOST_ROWS)
+        columns, warps, programs = GEMV["expand"]
+        gemv.expand[(self.processors * programs,)](
+            hidden, self.window.received, products.up, products.up_beside, self._inner, self._count, self._index,
+            self._members, self._local, self._turn, self._computed,
+            layer, self._num_slots, self._capacity, self.max_rows, products.limit, products.alpha,
+            N=products.up_columns, K=self.hidden, GATE=products.gate, **common,
+            BN=columns, BK=triton.next_power_of_2(self.hidden), num_warps=warps,
+        )  # fmt: skip
+        columns, warps, programs = GEMV["contract"]
+        gemv.contract[(self.processors * programs,)](
+            self._inner, products.down, products.down_beside, self.window.results, self._count, self._index,
+            self._members, self._windows, self._num_slots, self._capacity, self.max_rows,
+            N=self.hidden, K=products.activated, **common,
+            BN=columns, BK=triton.next_power_of_2(products.activated), num_warps=warps,
         )  # fmt: skip
 
 

@@ -19,6 +19,28 @@ MOST_ROWS = 64
 
 
 @triton.jit
+def let_next_start(OVERLAP: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The next kernel may start once all programs of this one have come here."""
+    if OVERLAP:
+        tl.extra.cuda.gdc_launch_dependents()
+
+
+@triton.jit
+def await_previous(OVERLAP: tl.constexpr):  # type: ignore[no-untyped-def]
+    """All kernels before this one are complete."""
+    if OVERLAP:
+        tl.extra.cuda.gdc_wait()
+
+
+@triton.jit
+def late(x, OVERLAP: tl.constexpr):  # type: ignore[no-untyped-def]
+    """16-bit ``x``, for which nobody waits before this point, though it was asked for earlier."""
+    if OVERLAP:
+        x = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], dtype=x.dtype, is_pure=False, pack=2)
+    return x
+
+
+@triton.jit
 def begin(OVERLAP: tl.constexpr):  # type: ignore[no-untyped-def]
     """Before this, a kernel may compute addresses and ``fetch_ahead``."""
     if OVERLAP:
@@ -29,6 +51,8 @@ def begin(OVERLAP: tl.constexpr):  # type: ignore[no-untyped-def]
 @triton.jit
 def begin_in_turn(OVERLAP: tl.constexpr):  # type: ignore[no-untyped-def]
     """As ``begin``, but the next kernel starts only when all before this one is complete: no third one is resident."""
+    if OVERLAP == 2:
+        tl.extra.cuda.gdc_launch_dependents()
     if OVERLAP:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
