@@ -79,7 +79,13 @@ def ways() -> list[tuple[str, dict[str, Any]]]:
         found.append((f"new, o columns {columns}", NEW | {"o columns": columns}))
     for columns in (2, 8):
         found.append((f"new, route columns {columns}", NEW | {"route columns": columns}))
-    for tokens, warps, stages, splits in ((32, 4, 2, 32), (32, 4, 3, 16), (64, 4, 3, 16), (64, 4, 2, 8), (64, 8, 2, 16)):
+    for tokens, warps, stages, splits in (
+        (32, 4, 2, 32),
+        (32, 4, 3, 16),
+        (64, 4, 3, 16),
+        (64, 4, 2, 8),
+        (64, 8, 2, 16),
+    ):
         change = {"tokens": tokens, "warps": warps, "stages": stages, "splits": splits}
         found.append((f"new, attention {tuple(change.values())}", NEW | change))
     for expand in ((8, 4, 4), (8, 4, 8), (4, 2, 8), (4, 2, 10), (16, 8, 2), (4, 4, 10)):
@@ -267,7 +273,13 @@ def check(layers: Layers) -> list[str]:
         layers.experts.own_rows.fill_(1)
         return f"errors at 1, 3 and 8 rows, now and by pairs: {errors}"
 
-    for name, work in (("qkv", product), ("attention", attention), ("o", output), ("router", routing), ("experts", pairs)):
+    for name, work in (
+        ("qkv", product),
+        ("attention", attention),
+        ("o", output),
+        ("router", routing),
+        ("experts", pairs),
+    ):
         stage(name, work)
     return lines
 
@@ -356,7 +368,6 @@ def main() -> None:
                 lines.append(f"no timeline: {failure}")
     print("\n".join(["", f"{torch.cuda.get_device_name()}, torch {torch.__version__}", *lines]), flush=True)
     print(f"{time.monotonic() - began:.0f} s in all")
-    os._exit(0)
 
 
 if __name__ == "__main__":

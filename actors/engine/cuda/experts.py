@@ -42,7 +42,6 @@ def launch_(name, device, rows, most):  # type: ignore[no-untyped-def]
     return options
 
 
-
 class CudaExperts:
     """Has the interface of ``Experts``; besides, rows may be padded, and a step may be a captured graph.
 
@@ -276,7 +275,6 @@ class CudaExperts:
             N=self.hidden, K=products.activated, **common,
             BM=down.rows, BN=down.columns, BK=down.depth, num_warps=down.warps, num_stages=down.stages,
         )  # fmt: skip
-
 
     def _pairwise(self, layer: int, hidden: torch.Tensor, products: Any) -> None:
         slots = max(1, self._num_slots)

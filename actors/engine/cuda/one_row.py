@@ -1,8 +1,8 @@
 """Products of one row, as a decode of one request has them: nothing but reading weights.
 
-Each program has a few output columns, and their weights stand in its registers before the input is there: it starts
-early (see ``overlap.py``) and asks for them while the kernels before it still work. What comes before the product, a sum
-and an RMS norm of the row, every program does for itself: for one row that takes less time than a kernel.
+Each program has a few output columns, and asks for their weights before the input is there: it starts early (see
+``overlap.py``), and they come to its registers while the kernels before it still work. What comes before the product, a
+sum and an RMS norm of the row, every program does for itself: for one row that takes less time than a kernel.
 """
 
 from __future__ import annotations
