@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable
 from typing import Any
 
 import ray
 
+from actors import logs
 from actors.coordinator import Coordinator
 from actors.membership import Epoch
 from actors.sockets import Keys
@@ -17,7 +17,7 @@ class CoordinatorActor:
     """Made without arguments; the manager opens it with the group's keys and then tells it of each epoch."""
 
     def __init__(self) -> None:
-        logging.basicConfig(level=logging.INFO, format="%(levelname)s coordinator: %(message)s", force=True)
+        logs.begin("coordinator")
         self._keys: Keys | None = None
         self._coordinator: Coordinator | None = None
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 import ray
 
-from actors import priority
+from actors import logs, priority
 from actors.engine.config import EngineConfig
 from actors.engine.experts.map import ExpertMap
 from actors.engine.experts.planner import Shape
@@ -68,7 +68,7 @@ class EngineActor:
         meekly: bool = False,
     ) -> None:
         rank = group.rank
-        logging.basicConfig(level=logging.INFO, format=f"%(levelname)s dp_rank_{rank}: %(message)s", force=True)
+        logs.begin(f"dp_rank_{rank}")
         self._rank = rank
         self._group = group
         self._owner = owner

@@ -30,6 +30,8 @@ class Group:
     changed: asyncio.Event = field(default_factory=asyncio.Event)
 
     def set(self, phase: str, detail: str = "", cause: str = "") -> None:
+        if (phase, detail, cause) == (self.phase, self.detail, self.cause):
+            return
         self.phase, self.detail, self.cause = phase, detail, cause
         self.touch()
         logger.info("%s %s", phase, detail or cause)

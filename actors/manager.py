@@ -19,6 +19,7 @@ import msgspec
 import numpy as np
 import ray
 
+from actors import logs
 from actors.change import Change, Resources
 from actors.coordination import Coordination
 from actors.engines import Engine, EngineSet, GroupError
@@ -44,7 +45,7 @@ class EngineManager:
     """``settings`` is a ``GroupSettings`` as builtins, because Serve shows an actor's arguments as JSON."""
 
     def __init__(self, settings: dict[str, Any], siblings: Siblings | None = None) -> None:
-        logging.basicConfig(level=logging.INFO, format="%(levelname)s manager: %(message)s", force=True)
+        logs.begin("manager")
         self._settings = msgspec.convert(settings, GroupSettings)
         self._siblings = siblings or Siblings.of_this_deployment()
         self._engines = EngineSet(self._settings, self._siblings.namespace)

@@ -12,8 +12,11 @@ class Slice:
     """One request's share of a step: ``tokens`` at positions ``start, start + 1, ...`` of its sequence.
 
     ``blocks`` is the request's block table; it covers positions ``0 .. start + len(tokens) - 1``. ``samples`` says that
-    the slice ends at the last known token, so its last row of logits yields the next one. ``prompt`` and
-    ``generated`` are what penalties and ``min_tokens`` look at; ``generated`` is a reference to the request's own list.
+    the slice ends at the last token, so its last row of logits yields the next one. ``prompt`` and ``generated`` are
+    what penalties and ``min_tokens`` look at; ``generated`` is a reference to the request's own list.
+
+    ``follows``: the only token is not known yet (0 stands in its place). The step launched before this one draws it, as
+    the one of that number among its sampling slices.
     """
 
     request_id: str
@@ -24,6 +27,12 @@ class Slice:
     prompt: list[int]
     generated: list[int]
     sampling: SamplingParams
+    follows: int | None = None
+
+    @property
+    def end(self) -> int:
+        """The position behind the last token: of the token that is sampled, if one is."""
+        return self.start + len(self.tokens)
 
 
 @dataclass(frozen=True)

@@ -14,13 +14,13 @@ from collections.abc import Callable
 from typing import Any
 
 from actors import wire
-from actors.engine import sampler
-from actors.engine.batch import Batch, Sampled
+from actors.engine.batch import Batch
 from actors.engine.blocks import BlockPool
 from actors.engine.config import EngineConfig
 from actors.engine.experts.exchange import Exchange, SoloExchange
 from actors.engine.experts.map import ExpertMap
 from actors.engine.mailbox import Mailbox
+from actors.engine.pipeline import Pipeline
 from actors.engine.request import Request
 from actors.engine.runner import ModelRunner, StepFailed
 from actors.engine.salvage import Salvage
@@ -47,6 +47,7 @@ class EngineCore:
         self._rank = rank
         self._config = config
         self._runner = runner
+        self._pipeline = Pipeline(runner)
         self._exchange: Exchange = SoloExchange()
         self.epoch = NO_EPOCH
         self._ballot = Ballot()
@@ -56,7 +57,7 @@ class EngineCore:
         self._waves = EngineWaves(rank=rank)
         self._last_stats: tuple[int, int, int] | None = None
         self._salvage: Salvage | None = None
-        self._held: list[Output] = []  # of the last step: sent beside the next one
+        self._held: list[Output] = []  # of the last step: sent beside the next one, where there is one
         self._others_compute = False  # in the last step, for which this rank waited
         self._stopping = False
         self._syncing = False
@@ -195,7 +196,7 @@ class EngineCore:
                     time.sleep(IDLE_STEP_S)  # it is being read beside
                 self._report_prefetched()
             self._publish_stats()
-        self._flush()
+        self._settle()
         self.abandon()
         self._exchange.close()
         self.mailbox.close()
@@ -265,7 +266,7 @@ class EngineCore:
         elif not alone:
             self._step(batch, tokens)
         if self._ballot.switches([vector[2] for vector in vectors]):
-            self._flush()
+            self._settle()
             self._switch()
 
     def _step_alone(self, batch: Batch) -> None:
@@ -287,39 +288,54 @@ class EngineCore:
     def _next_batch(self) -> Batch:
         if self._salvage is not None:
             return self._salvage.next()
-        return self._scheduler.schedule(self._others_compute)
+        batch = self._scheduler.schedule(self._others_compute)
+        if not batch.slices and self._pipeline:
+            self._land()  # there is nothing to run ahead with
+            batch = self._scheduler.schedule(self._others_compute)
+        return batch
 
     def _step(self, batch: Batch, tokens: list[int]) -> None:
         if not batch.slices:
             self._flush()
             self._counters["dummy_steps"] += 1
             self._runner.dummy_step(tokens)
-            self._runner.wait()
+            self._runner.wait(self._runner.mark())
             return
         self._counters["steps"] += 1
-        salvage = self._salvage
         try:
-            results: list[Sampled | wire.Failure] = self._compute(batch, tokens)
+            self._pipeline.launch(batch, tokens)
         except StepFailed as error:
             self._counters["step_failures"] += 1
             self._failed(batch, error)
             return
-        if salvage is not None:
-            salvage.take(results)
+        self._flush()  # a GPU is busy with the step meanwhile
+        if self._salvage is not None:
+            self._salvage.take(self._pipeline.land()[1])
             self._finish_salvage()
-        else:
-            self._held = self._scheduler.commit(batch, results)
-            if not self._runner.asynchronous:
-                self._flush()
+        elif not self._runner.asynchronous:
+            self._settle()
+        elif len(self._pipeline) > 1:
+            self._land()
+            self._flush()
+
+    def _land(self) -> None:
+        """Takes the tokens of the earlier step that is under way."""
+        self._held += self._scheduler.commit(*self._pipeline.land())
+
+    def _settle(self) -> None:
+        """Nothing is under way any more, and all that is known is told."""
+        while self._pipeline:
+            self._land()
+        self._flush()
 
     def _flush(self) -> None:
-        """Sends what the last step gave."""
+        """Tells the clients what steps gave."""
         held, self._held = self._held, []
         self._emit(held)
 
     def _switch(self) -> None:
         """Leaves the present epoch for the prepared one: all its members are in this method at the same step."""
-        self._runner.wait()  # nothing of the old epoch may still be under way on a device
+        self._runner.wait(self._runner.mark())  # nothing of the old epoch may still be under way on a device
         started = time.monotonic()
         standby, former = self._prepared(), self._exchange
         self._standby = None
@@ -349,17 +365,14 @@ class EngineCore:
             self._on_prefetched = None
             done(standby.loaded)
 
-    def _compute(self, batch: Batch, tokens: list[int]) -> list[Sampled | wire.Failure]:
-        """Launches the step, tells the clients of the one before while a GPU is busy with it, then takes its tokens."""
-        sampling = sampler.Sampling(self._runner.step(batch, tokens), batch.sampling_slices)
-        self._flush()
-        self._runner.wait()
-        return sampling.results()
-
     # --- a request that makes the model raise ----------------------------------------------------------------------
 
     def _failed(self, batch: Batch, error: StepFailed) -> None:
         """The model raised: the slices of the batch run alone, one a step, until the culprit is found."""
+        if self._pipeline:
+            self._settle()
+            self._scheduler.void(batch)  # and again, with the tokens known that it followed
+            return
         self._flush()
         if self._salvage is None:
             logger.warning("the model raised on a step of %d requests; running them one by one", len(batch.slices))

@@ -25,7 +25,9 @@ class Request:
     ``client`` is where its tokens go, opaque here. ``generated`` follows ``prompt``; a request continued from another
     rank starts with tokens in it. ``salt`` separates prefix caches. The rest is the scheduler's: keys and values of
     the first ``computed`` tokens stand in ``blocks``, of which the first ``published`` can be found by others;
-    ``cached_tokens`` is how many tokens of the prompt were found in the cache when it was first admitted.
+    ``cached_tokens`` is how many tokens of the prompt were found in the cache when it was first admitted. Of the tokens
+    behind those, ``under_way`` are being computed; ``drawn`` is the number, among its step's sampling slices, of the
+    one at whose end a next token is being drawn.
     """
 
     request_id: str
@@ -39,10 +41,27 @@ class Request:
     blocks: list[int] = field(default_factory=list)
     published: int = 0
     cached_tokens: int | None = None
+    under_way: int = 0
+    drawn: int | None = None
     _digests: list[bytes] = field(default_factory=list, repr=False)
 
     def __len__(self) -> int:
         return len(self.prompt) + len(self.generated)
+
+    @property
+    def left(self) -> int:
+        """Tokens to compute in steps to come, one that is being drawn included."""
+        return len(self) + (self.drawn is not None) - self.computed - self.under_way
+
+    @property
+    def foreseeable(self) -> bool:
+        """Whether a next token can be drawn on the device while the host does not know the one before: no penalty."""
+        s = self.sampling
+        return s.repetition_penalty == 1 and not (s.presence_penalty or s.frequency_penalty)
+
+    def outgrown(self, length: int, max_model_len: int) -> bool:
+        """Whether it ends at the latest with ``length`` tokens, those of the prompt included."""
+        return length - len(self.prompt) >= self.sampling.max_tokens or length >= max_model_len
 
     def tokens(self, start: int, end: int) -> list[int]:
         """Tokens at positions ``start .. end - 1`` of prompt and generated."""
@@ -69,7 +88,7 @@ class Request:
                 return "stop", None
             if token in sampling.stop_token_ids:
                 return "stop", token
-        if len(self.generated) >= sampling.max_tokens or len(self) >= max_model_len:
+        if self.outgrown(len(self), max_model_len):
             return "length", None
         return None, None
 

@@ -8,7 +8,7 @@ import logging
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -26,6 +26,9 @@ from actors.engine.model import MoEModel
 from actors.engine.quantization import blocks_of
 from actors.engine.steps import EagerSteps, Steps
 from actors.engine.weights import open_loader
+
+if TYPE_CHECKING:
+    from actors.engine.cuda.peers import PeerWindows
 
 logger = logging.getLogger(__name__)
 
@@ -116,14 +119,18 @@ class ModelRunner:
             return mesh
 
     @functools.cached_property
-    def _windows(self) -> Any:
+    def _windows(self) -> PeerWindows:
         from actors.engine.cuda.peers import PeerWindows
 
         return PeerWindows(self.model.experts.window)
 
-    def wait(self) -> None:
-        """Wait until the step launched last is complete. Raises PeerLost when a lost peer has made it void."""
-        self.steps.wait()
+    def mark(self) -> Any:
+        """What to ``wait`` for until everything launched so far is complete."""
+        return self.steps.mark()
+
+    def wait(self, mark: Any) -> None:
+        """Wait for what ``mark`` gave. Raises PeerLost when a lost peer has made the step before it void."""
+        self.steps.wait(mark)
 
     @property
     def independent(self) -> bool:
@@ -131,16 +138,17 @@ class ModelRunner:
         return all(self.model.experts.routing.local)
 
     @torch.inference_mode()
-    def step(self, batch: Batch, tokens_per_rank: Sequence[int]) -> torch.Tensor:
+    def step(self, batch: Batch, tokens_per_rank: Sequence[int], drawn: torch.Tensor | None = None) -> torch.Tensor:
         """Logits ``[S, vocab]``, one row for each of ``batch.sampling_slices``, float32 or in the model's dtype.
 
         They stand until the next step. ``tokens_per_rank`` is the same list on every rank, by rank index; this rank's
-        entry is ``batch.num_tokens``. Raises StepFailed; PeerLost, when the step is void (where steps are
-        ``asynchronous``, ``wait`` does); ExpertsBroken, when this rank cannot go on.
+        entry is ``batch.num_tokens``. ``drawn``, int64, on the device: the tokens that slices follow. Raises
+        StepFailed; PeerLost, when the step is void (where steps are ``asynchronous``, ``wait`` does); ExpertsBroken,
+        when this rank cannot go on.
         """
         self.model.experts.begin(tokens_per_rank)
         try:
-            return self.steps.run(batch)
+            return self.steps.run(batch, drawn)
         except (PeerLost, ExpertsBroken):
             raise
         except Exception as error:

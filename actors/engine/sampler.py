@@ -58,6 +58,8 @@ def sample(logits: Tensor, slices: Sequence[Slice]) -> list[Sampled | Failure]:
 class Sampling:
     """Draws the next token of each slice, on the device where ``logits`` is; ``results`` waits for it.
 
+    ``tokens``, int64 [S], are the tokens on that device, in the order of its stream.
+
     ``logits`` is [S, V] of any floating dtype, row ``i`` belongs to ``slices[i]``; it is left as it is. A row with NaN
     or +inf, or with no finite logit, gives a ``Failure`` in its place and does not touch the others. Log probabilities
     are natural logarithms of the model's own distribution: the softmax of the row before any of the above.
@@ -71,6 +73,7 @@ class Sampling:
                 f"logits of shape {tuple(logits.shape)} for {len(slices)} slices: one row per slice is needed"
             )
         self._slices = slices
+        self.tokens = torch.empty(0, dtype=torch.int64, device=logits.device)
         if not slices:
             return
         edited = _edit(logits, slices)
@@ -84,16 +87,21 @@ class Sampling:
                 edited.index_select(0, rows).float(), best[rows].float(), [slices[row] for row in some]
             )
         # A draw from NaN may point past the end, and no bad row may become an index error.
-        tokens.clamp_(max=logits.shape[1] - 1)
-        self._logprobs = _logprobs(logits, tokens, slices)
+        self.tokens = tokens.clamp_(max=logits.shape[1] - 1)
+        self._logprobs = _Logprobs(logits, tokens, slices)
         # One transfer for both; token ids are exact in float64.
-        self._drawn = torch.stack((tokens.double(), best.double()), 1)
+        self._drawn = _fetch(torch.stack((tokens.double(), best.double()), 1))
+        self._there = torch.cuda.Event() if logits.is_cuda else None
+        if self._there is not None:
+            self._there.record()
 
     def results(self) -> list[Sampled | Failure]:
         results: list[Sampled | Failure] = []
         if not self._slices:
             return results
-        logprobs = self._logprobs
+        if self._there is not None:
+            self._there.synchronize()
+        logprobs = self._logprobs.by_row()
         for piece, (token, peak) in zip(self._slices, self._drawn.tolist(), strict=True):
             row = len(results)
             if math.isfinite(peak) and (row not in logprobs or math.isfinite(logprobs[row].logprob)):
@@ -106,8 +114,7 @@ class Sampling:
 def _failure(piece: Slice, peak: float) -> Failure:
     if peak == -math.inf and (piece.sampling.logit_bias or piece.sampling.min_tokens):
         return Failure("invalid", "logit_bias and min_tokens leave no token to choose from: allow at least one")
-    position = len(piece.prompt) + len(piece.generated)
-    return Failure("model_error", f"the logits for position {position} contain NaN or infinity")
+    return Failure("model_error", f"the logits for position {piece.end} contain NaN or infinity")
 
 
 # --- before sampling -----------------------------------------------------------------------------------------------
@@ -127,7 +134,7 @@ def _edit(logits: Tensor, slices: Sequence[Slice]) -> Tensor:
             penalized.put(row, counts, [presence + frequency * count for count in counts.values()])
         if sampling.logit_bias:
             biased.put(row, sampling.logit_bias, sampling.logit_bias.values())
-        if len(piece.generated) < sampling.min_tokens:
+        if piece.end - len(piece.prompt) < sampling.min_tokens:
             ends = [t for t in {*sampling.eos_token_ids, *sampling.stop_token_ids} if 0 <= t < logits.shape[1]]
             masked.put(row, ends, [-math.inf] * len(ends))
     if not any(entries.rows for entries in (repeated, penalized, biased, masked)):
@@ -177,6 +184,13 @@ def _put(values: Sequence[float], dtype: torch.dtype, device: torch.device) -> T
     return torch.tensor(values, dtype=dtype, pin_memory=True).to(device, non_blocking=True)
 
 
+def _fetch(values: Tensor) -> Tensor:
+    """On the host once the stream's work up to here is done: a step launched behind it is not waited for."""
+    if not values.is_cuda:
+        return values
+    return torch.empty(values.shape, dtype=values.dtype, pin_memory=True).copy_(values, non_blocking=True)
+
+
 # --- choosing ------------------------------------------------------------------------------------------------------
 
 
@@ -199,7 +213,7 @@ def _argmax(x: Tensor) -> tuple[Tensor, Tensor]:
 def _draw(x: Tensor, best: Tensor, slices: Sequence[Slice]) -> Tensor:
     """One token per row of float32 [R, V], whose largest elements are ``best`` [R]. Overwrites ``x``."""
     sampling = [piece.sampling for piece in slices]
-    numbers = [uniform(s.sampling.seed, len(s.prompt) + len(s.generated)) for s in slices]
+    numbers = [uniform(piece.sampling.seed, piece.end) for piece in slices]
     u = _put(numbers, torch.float64, x.device)
     scale = _put([1 / s.temperature for s in sampling], torch.float32, x.device)
     # From here on the likeliest token has 0, and the others the logarithm of how much less likely they are.
@@ -237,31 +251,33 @@ def _floors(x: Tensor, sampling: Sequence[SamplingParams]) -> Tensor:
     cut = [row for row, s in enumerate(sampling) if 0 < s.top_k < vocab or s.top_p < 1]
     if cut:
         rows = _put(cut, torch.int64, x.device)
-        top_k = _put([min(sampling[row].top_k or vocab, vocab) for row in cut], torch.int64, x.device)
+        limits = [min(sampling[row].top_k or vocab, vocab) for row in cut]
+        top_k = _put(limits, torch.int64, x.device)
         top_p = _put([sampling[row].top_p for row in cut], torch.float64, x.device)
         count = min(max(sampling[row].top_k or FIRST for row in cut), vocab)
         part = x if len(cut) == len(x) else x.index_select(0, rows)
-        floors[rows] = torch.maximum(floors[rows], _cut(part, top_k, top_p, count))
+        floors[rows] = torch.maximum(floors[rows], _cut(part, top_k, top_p, count, max(limits)))
     return floors
 
 
-def _cut(x: Tensor, top_k: Tensor, top_p: Tensor, count: int) -> Tensor:
+def _cut(x: Tensor, top_k: Tensor, top_p: Tensor, count: int, most: int) -> Tensor:
     """The least value that top-k, then top-p keep, for each row of ``x`` [R, V].
 
-    ``count`` of the largest are looked at: at least as many as any top-k that is on.
+    ``count`` of the largest are looked at: at least as many as any top-k that is on. ``most`` is the largest top-k;
+    only if it is more is the device waited for.
     """
     values = _largest(x, count)
     mass = (values.exp().double() * (torch.arange(count, device=x.device) < top_k[:, None])).cumsum(-1)
     seen = top_k <= count
     whole = mass[:, -1]
-    if not bool(seen.all()):
+    if most > count:
         whole = torch.where(seen, whole, x.exp().sum(-1).double())
     target = top_p * whole
     # The first at which the mass reaches top_p; with top_p = 1, all of top_k, however light the last ones are.
     last = torch.where(top_p < 1, (mass < target[:, None]).sum(-1), top_k - 1)
     floors = values.gather(1, last.clamp(max=count - 1)[:, None])[:, 0]
     beyond = (last >= count) & ~seen
-    if bool(beyond.any()):
+    if most > count and bool(beyond.any()):
         floors[beyond] = _nucleus(x[beyond], target[beyond])
     return floors
 
@@ -297,17 +313,27 @@ def _largest(x: Tensor, count: int) -> Tensor:
 # --- reporting -----------------------------------------------------------------------------------------------------
 
 
-def _logprobs(logits: Tensor, tokens: Tensor, slices: Sequence[Slice]) -> dict[int, TokenLogprobs]:
-    """For each row whose slice asks for them."""
-    asked = [(row, piece.sampling.logprobs) for row, piece in enumerate(slices) if piece.sampling.logprobs is not None]
-    if not asked:
-        return {}
-    rows = _put([row for row, _ in asked], torch.int64, logits.device)
-    logprobs = logits[rows].float().log_softmax(-1)
-    chosen = logprobs.gather(1, tokens[rows][:, None])[:, 0].tolist()
-    count = min(max(number for _, number in asked if number is not None), logits.shape[1])
-    values, ids = (part.tolist() for part in logprobs.topk(count))
-    return {
-        row: TokenLogprobs(chosen[i], list(zip(ids[i][:number], values[i][:number], strict=True)))
-        for i, (row, number) in enumerate(asked)
-    }
+class _Logprobs:
+    """Log probabilities of ``tokens``, and the largest of each row, for the rows whose slice asks for them."""
+
+    def __init__(self, logits: Tensor, tokens: Tensor, slices: Sequence[Slice]) -> None:
+        self._asked = [
+            (row, piece.sampling.logprobs) for row, piece in enumerate(slices) if piece.sampling.logprobs is not None
+        ]
+        if not self._asked:
+            return
+        rows = _put([row for row, _ in self._asked], torch.int64, logits.device)
+        logprobs = logits[rows].float().log_softmax(-1)
+        self._chosen = _fetch(logprobs.gather(1, tokens[rows][:, None])[:, 0])
+        largest = logprobs.topk(min(max(number for _, number in self._asked), logits.shape[1]))
+        self._values, self._ids = map(_fetch, largest)
+
+    def by_row(self) -> dict[int, TokenLogprobs]:
+        """Once they are on the host."""
+        if not self._asked:
+            return {}
+        chosen, values, ids = self._chosen.tolist(), self._values.tolist(), self._ids.tolist()
+        return {
+            row: TokenLogprobs(chosen[i], list(zip(ids[i][:number], values[i][:number], strict=True)))
+            for i, (row, number) in enumerate(self._asked)
+        }

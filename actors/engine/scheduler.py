@@ -4,6 +4,11 @@ A step is a transaction. ``schedule`` decides it and allocates blocks; then eith
 gives new full blocks their names and says what to tell the clients, or ``void`` declares that the step never
 happened, and the next ``schedule`` gives the same batch again.
 
+One step may be scheduled ahead, while another is under way whose tokens are not known: who decodes goes on from the
+token to come, and when that turns out to be the last, what the step ahead computed for it is dropped (as in NanoFlow,
+arXiv 2408.12757). Its blocks go to others meanwhile; that is safe where a device takes up steps in order. Nothing is
+scheduled ahead when somebody would have to lose blocks for it, or a draw depends on the tokens to come.
+
 Order is strictly first come, first served. ``running`` and ``waiting`` are both in order of arrival and everything
 running arrived before everything waiting: requests are admitted from the front of ``waiting`` to the end of
 ``running``, and when blocks run out the newest running request loses its own and returns to the front of ``waiting``,
@@ -72,9 +77,10 @@ class Scheduler:
         self._requests: dict[str, Request] = {}
         self._waiting: deque[Request] = deque()
         self._running: list[Request] = []
-        self._batch = EMPTY  # scheduled, neither committed nor void
-        self._void = EMPTY  # to be scheduled again
-        self._owners: list[Request] = []  # of the slices of either
+        # Scheduled, neither committed nor void, the earlier first; and what is to be scheduled again. With each batch
+        # the owners of its slices.
+        self._under_way: list[tuple[Batch, list[Request]]] = []
+        self._void: tuple[Batch, list[Request]] = EMPTY, []
 
     @property
     def waiting(self) -> int:
@@ -119,25 +125,36 @@ class Scheduler:
         return self._drop(request_id, "error", failure)
 
     def schedule(self, others_wait: bool = False) -> Batch:
-        """The next step; ``EMPTY`` when there is nothing to do. Raises RuntimeError while another is under way.
+        """The next step; ``EMPTY`` when there is nothing to do, or nothing before the step under way is committed.
 
-        ``others_wait``: sequences of other ranks wait for the end of this step.
+        ``others_wait``: sequences of other ranks wait for the end of this step. Raises RuntimeError while two steps
+        are under way.
         """
-        if self._batch.slices:
-            raise RuntimeError("schedule() while a step is under way: commit or void it first")
-        batch = self._again() or self._fresh(self._budget(others_wait))
-        self._batch = batch
+        if len(self._under_way) > 1:
+            raise RuntimeError("schedule() while two steps are under way: commit or void one first")
+        slices, owners = self._again()
+        if not slices and (not self._under_way or self._foreseeable):
+            slices, owners = self._fresh(self._budget(others_wait))
+        if not slices:
+            return EMPTY
+        for piece, owner in zip(slices, owners, strict=True):
+            owner.under_way += len(piece.tokens)
+            owner.drawn = None
+        for number, owner in enumerate(o for piece, o in zip(slices, owners, strict=True) if piece.samples):
+            owner.drawn = number
+        batch = Batch(tuple(slices))
+        self._under_way.append((batch, owners))
         return batch
 
     def commit(self, batch: Batch, sampled: Sequence[Sampled | Failure]) -> list[Output]:
         """The step is complete. ``sampled`` belongs to ``batch.sampling_slices``, in order.
 
         A ``Failure`` in place of a token ends that request alone. Raises RuntimeError unless ``batch`` is the step
-        under way, ValueError unless ``sampled`` has its length.
+        under way, the earlier of two, ValueError unless ``sampled`` has its length.
         """
         if len(sampled) != len(batch.sampling_slices):
             raise ValueError(f"{len(sampled)} sampled tokens for {len(batch.sampling_slices)} slices that sample")
-        owners = self._close(batch)
+        owners = self._close(batch, 0)
         results = iter(sampled)
         outputs = []
         for piece, request in zip(batch.slices, owners, strict=True):
@@ -150,6 +167,9 @@ class Scheduler:
                 outputs.append(output)
                 continue
             request.computed += len(piece.tokens)
+            request.under_way -= len(piece.tokens)
+            if not request.under_way:
+                request.drawn = None
             self._publish(request)
             if result is not None:
                 outputs.append(self._append(request, result))
@@ -158,47 +178,66 @@ class Scheduler:
     def void(self, batch: Batch) -> None:
         """The step never happened: the next ``schedule`` gives it again, less what is aborted until then.
 
-        Raises RuntimeError unless ``batch`` is the step under way.
+        Raises RuntimeError unless ``batch`` is the step under way, and the only one.
         """
-        self._owners = self._close(batch)
-        self._void = batch
+        if len(self._under_way) > 1:
+            raise RuntimeError("void() while two steps are under way: commit the earlier one first")
+        owners = self._close(batch, -1)
+        for piece, owner in zip(batch.slices, owners, strict=True):
+            owner.under_way -= len(piece.tokens)
+            owner.drawn = None
+        self._void = batch, owners
 
     # --- deciding a step ---------------------------------------------------------------------------------------
 
-    def _again(self) -> Batch | None:
-        batch, self._void = self._void, EMPTY
+    @property
+    def _foreseeable(self) -> bool:
+        return all(request.foreseeable for request in self._running)
+
+    def _again(self) -> tuple[list[Slice], list[Request]]:
+        (batch, owners), self._void = self._void, (EMPTY, [])
         kept = [
-            (piece, owner)
-            for piece, owner in zip(batch.slices, self._owners, strict=False)
+            (self._slice(owner, len(piece.tokens)), owner)
+            for piece, owner in zip(batch.slices, owners, strict=True)
             if owner.status is not Status.ENDED
         ]
-        if not kept:
-            return None
-        self._owners = [owner for _, owner in kept]
-        return Batch(tuple(piece for piece, _ in kept))
+        return [piece for piece, _ in kept], [owner for _, owner in kept]
 
     def _budget(self, others_wait: bool) -> int:
-        decodes = sum(len(request) - request.computed == 1 for request in self._running)
+        decodes = sum(request.left == 1 for request in self._running)
         if self._prefill_chunk is None or not (decodes or others_wait):
             return self._max_num_batched_tokens
         prefills = len(self._requests) - decodes
         return min(self._max_num_batched_tokens, decodes + self._prefill_chunk * prefills)
 
-    def _fresh(self, budget: int) -> Batch:
+    def _fresh(self, budget: int) -> tuple[list[Slice], list[Request]]:
         slices: list[Slice] = []
-        self._owners = []
-        while len(slices) < len(self._running) and budget:
-            request = self._running[len(slices)]
-            count = min(len(request) - request.computed, budget)
-            if self._make_room(request, request.computed + count):
-                slices.append(self._slice(request, count))
-                budget -= count
-        self._admit(slices, budget)
-        return Batch(tuple(slices)) if slices else EMPTY
+        owners: list[Request] = []
+        for request in [request for request in self._running if not self._ending(request)]:
+            count = min(request.left, budget)
+            if not count or request.status is Status.WAITING:
+                break
+            if self._under_way and self._missing(request, count) > self.pool.free:
+                return [], []
+            if not self._make_room(request, count):
+                break
+            slices.append(self._slice(request, count))
+            owners.append(request)
+            budget -= count
+        self._admit(slices, owners, budget)
+        return slices, owners
 
-    def _make_room(self, request: Request, tokens: int) -> bool:
-        """Give ``request`` blocks for its first ``tokens`` tokens, at the newest's expense; False if that is itself."""
-        missing = self.pool.blocks_for(tokens) - len(request.blocks)
+    def _ending(self, request: Request) -> bool:
+        """Whether the token that is being drawn is the last one, whatever it is."""
+        return request.drawn is not None and request.outgrown(len(request) + 1, self._max_model_len)
+
+    def _missing(self, request: Request, count: int) -> int:
+        """Blocks that ``request`` lacks for ``count`` more tokens."""
+        return self.pool.blocks_for(request.computed + request.under_way + count) - len(request.blocks)
+
+    def _make_room(self, request: Request, count: int) -> bool:
+        """Give ``request`` blocks for ``count`` more tokens, at the newest's expense; False if that is itself."""
+        missing = self._missing(request, count)
         while missing > self.pool.free:
             victim = self._running.pop()
             self._release(victim)
@@ -211,13 +250,14 @@ class Scheduler:
             request.blocks += self.pool.acquire((), missing)
         return True
 
-    def _admit(self, slices: list[Slice], budget: int) -> None:
+    def _admit(self, slices: list[Slice], owners: list[Request], budget: int) -> None:
         if not self._waiting:
             return
         size = self.pool.block_size
         in_progress: set[bytes] = set()
-        for piece, owner in zip(slices, self._owners, strict=True):
-            in_progress.update(self._completed_by(piece, owner))
+        for some, of in [*((batch.slices, of) for batch, of in self._under_way), (slices, owners)]:
+            for piece, owner in zip(some, of, strict=True):
+                in_progress.update(self._completed_by(piece, owner))
         while self._waiting and budget and len(self._running) < self._max_num_seqs:
             request = self._waiting[0]
             # The last token is always computed, for its logits.
@@ -239,37 +279,38 @@ class Scheduler:
                 request.cached_tokens = min(request.computed, len(request.prompt))
                 self.pool.queries += len(digests)
                 self.pool.hits += len(cached)
-            count = min(len(request) - request.computed, budget)
+            count = min(request.left, budget)
             slices.append(self._slice(request, count))
+            owners.append(request)
             in_progress.update(self._completed_by(slices[-1], request))
             budget -= count
 
     def _completed_by(self, piece: Slice, request: Request) -> list[bytes]:
+        """Names of the blocks that are full behind this slice: of one that ends with a token to come, there is none."""
         size = self.pool.block_size
-        return request.digests(piece.start // size, (piece.start + len(piece.tokens)) // size, size)
+        return request.digests(piece.start // size, min(piece.end, len(request)) // size, size)
 
     def _slice(self, request: Request, count: int) -> Slice:
-        self._owners.append(request)
-        end = request.computed + count
+        """The next ``count`` tokens of ``request``: known ones, or the one that is being drawn."""
+        start = request.computed + request.under_way
         return Slice(
             request_id=request.request_id,
-            tokens=request.tokens(request.computed, end),
-            start=request.computed,
+            tokens=request.tokens(start, start + count) or [0],
+            start=start,
             blocks=request.blocks,
-            samples=end == len(request),
+            samples=count == request.left,
             prompt=request.prompt,
             generated=request.generated,
             sampling=request.sampling,
+            follows=request.drawn,
         )
 
     # --- taking its result -------------------------------------------------------------------------------------
 
-    def _close(self, batch: Batch) -> list[Request]:
-        if batch is not self._batch:
+    def _close(self, batch: Batch, place: int) -> list[Request]:
+        if not self._under_way or batch is not self._under_way[place][0]:
             raise RuntimeError("commit() or void() of a batch that is not the step under way")
-        owners, self._owners = self._owners, []
-        self._batch = EMPTY
-        return owners
+        return self._under_way.pop(place)[1]
 
     def _publish(self, request: Request) -> None:
         full = request.computed // self.pool.block_size

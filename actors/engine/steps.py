@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -26,14 +26,20 @@ class Steps(Protocol):
     num_kv_blocks: int
     asynchronous: bool
 
-    def run(self, batch: Batch) -> torch.Tensor:
-        """Logits ``[S, vocab]``, one row for each of ``batch.sampling_slices``; they stand until the next step."""
+    def run(self, batch: Batch, drawn: torch.Tensor | None = None) -> torch.Tensor:
+        """Logits ``[S, vocab]``, one row for each of ``batch.sampling_slices``; they stand until the next step.
+
+        ``drawn``, int64, on the device: the tokens that slices follow.
+        """
 
     def idle(self) -> None:
         """A step without rows of this rank: its experts serve the others."""
 
-    def wait(self) -> None:
-        """Wait until the step launched last is complete. Raises PeerLost when a lost peer has made it void."""
+    def mark(self) -> Any:
+        """What to wait for until everything launched so far is complete."""
+
+    def wait(self, mark: Any) -> None:
+        """Wait for what ``mark`` gave. Raises PeerLost when a lost peer has made the step before it void."""
 
     def warm_up(self) -> None:
         """Run, or capture, steps of the usual shapes; the group is this rank alone. Scribbles into the KV cache."""
@@ -50,12 +56,12 @@ class EagerSteps:
         self.num_kv_blocks = self._count_blocks()
         model.attention = self._make_attention()
 
-    def run(self, batch: Batch) -> torch.Tensor:
+    def run(self, batch: Batch, drawn: torch.Tensor | None = None) -> torch.Tensor:
         tokens: list[int] = []
         positions: list[int] = []
         last: list[int] = []
         for part in batch.slices:
-            tokens += part.tokens
+            tokens += part.tokens if part.follows is None or drawn is None else [int(drawn[part.follows])]
             positions += range(part.start, part.start + len(part.tokens))
             if part.samples:
                 last.append(len(tokens) - 1)
@@ -73,8 +79,11 @@ class EagerSteps:
     def idle(self) -> None:
         self.model.experts.finish()
 
-    def wait(self) -> None:
+    def mark(self) -> None:
         pass  # operators of a CPU are complete when they return
+
+    def wait(self, mark: None) -> None:
+        pass
 
     def warm_up(self) -> None:
         size = self.config.block_size

@@ -25,6 +25,7 @@ import origin
 import shapes
 import torch
 from ceilings import copy_bandwidth, matrix_rate
+from usage import Usage
 
 from actors.engine import sampler
 from actors.engine.attention.base import bytes_per_block
@@ -34,6 +35,7 @@ from actors.engine.config import EngineConfig
 from actors.engine.experts.exchange import SoloExchange
 from actors.engine.experts.planner import Shape, plan
 from actors.engine.experts.routing import Routing
+from actors.engine.pipeline import Pipeline
 from actors.engine.request import Request
 from actors.engine.runner import ModelRunner
 from actors.engine.scheduler import Scheduler
@@ -242,7 +244,7 @@ def products(runner: ModelRunner, lengths: list[int]) -> dict[str, float]:
 
 
 def offline(runner: ModelRunner, count: int, prompt: int, generate: int) -> dict[str, Any]:
-    """All requests at once through scheduler, runner and sampler; output tokens/s."""
+    """All requests at once through scheduler, runner and sampler, steps launched ahead; output tokens/s."""
     config, draw = runner.config, random.Random(1)
     scheduler = Scheduler(
         BlockPool(runner.num_kv_blocks, config.block_size), max_model_len=config.max_model_len,
@@ -254,6 +256,7 @@ def offline(runner: ModelRunner, count: int, prompt: int, generate: int) -> dict
         scheduler.add(Request(str(i), b"", tokens, SamplingParams(max_tokens=generate, temperature=0.0)))
     spent = dict.fromkeys(("schedule", "launch", "wait", "commit"), 0.0)
     steps = made = 0
+    usage = Usage([])
     began = last = time.perf_counter()
 
     def passed(stage: str) -> None:
@@ -262,19 +265,24 @@ def offline(runner: ModelRunner, count: int, prompt: int, generate: int) -> dict
         spent[stage] += now - last
         last = now
 
-    while (batch := scheduler.schedule()).slices:
+    pipeline = Pipeline(runner)
+    while scheduler.has_work:
+        batch = scheduler.schedule()
         passed("schedule")
-        sampling = sampler.Sampling(runner.step(batch, [batch.num_tokens]), batch.sampling_slices)
+        if batch.slices:
+            pipeline.launch(batch, [batch.num_tokens])
+            steps += 1
         passed("launch")
-        results = sampling.results()
-        passed("wait")
-        made += len(scheduler.commit(batch, results))
-        steps += 1
-        passed("commit")
+        if len(pipeline) > 1 or not batch.slices:
+            landed = pipeline.land()
+            passed("wait")
+            made += len(scheduler.commit(*landed))
+            passed("commit")
     seconds = time.perf_counter() - began
     return {
         "requests": count, "prompt": prompt, "generated": generate, "seconds": seconds, "steps": steps,
         "output_tokens_per_s": made / seconds, "preemptions": scheduler.preemptions,
+        "gpu_busy": usage.stop([])["gpu_busy"].get("0", float("nan")),
         "share": {stage: time_spent / seconds for stage, time_spent in spent.items()},
     }  # fmt: skip
 
@@ -317,7 +325,10 @@ def table(result: dict[str, Any]) -> None:
             f" {batch['seconds']:.1f} s, {batch['output_tokens_per_s']:.0f} output tokens/s, {batch['steps']} steps,",
             end="",
         )
-        print(" host: " + ", ".join(f"{stage} {share:.1%}" for stage, share in batch["share"].items()))
+        print(
+            f" GPU busy {batch['gpu_busy']:.1%}, host: "
+            + ", ".join(f"{stage} {share:.1%}" for stage, share in batch["share"].items())
+        )
 
 
 if __name__ == "__main__":

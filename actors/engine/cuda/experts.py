@@ -203,9 +203,14 @@ class CudaExperts:
             self._run(layer, self._nobody[:0], ids, self._nobody)
         self._next = len(self.layers)
 
-    def check(self) -> None:
-        """To be called at the end of a step, when the device has completed it: raises PeerLost if it is void."""
-        if int(self._void[0]):
+    def verdict(self) -> torch.Tensor:
+        """Whether the steps launched so far are void: on the host, once they are complete. For ``check``."""
+        verdict = torch.empty(1, dtype=self._void.dtype, pin_memory=self._void.is_cuda)
+        return verdict.copy_(self._void[:1], non_blocking=True)
+
+    def check(self, verdict: torch.Tensor) -> None:
+        """Raises PeerLost if a complete step was void."""
+        if verdict.item():
             raise PeerLost("the host broke off while the experts waited for a peer's rows: the step is void")
 
     def _run(self, layer: int, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:

@@ -10,8 +10,20 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import triton
+import triton.language as tl
 
 from actors.engine.batch import Batch, Slice
+
+_FOLLOWERS = 256
+
+
+@triton.jit
+def _follow(ids, follows, drawn, count, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    number = tl.load(follows + row, mask=row < count, other=-1)
+    token = tl.load(drawn + number, mask=number >= 0)
+    tl.store(ids + row, token.to(tl.int32), mask=number >= 0)
 
 
 class Chunk(NamedTuple):
@@ -29,7 +41,8 @@ class StepInputs:
     Device tensors, int32, of which the first ``rows`` or ``sequences`` count: ``ids``, ``positions``, ``targets`` (flat
     KV slot of a row, -1 where nothing is stored) are ``[max_rows]``; ``lengths`` (tokens a sequence sees, this step's
     included; 0 for padding), ``last`` (the row that samples, or any row) and ``tables [max_sequences, max_blocks]``
-    are by sequence; ``starts [max_sequences + 1]`` is each sequence's first row; ``count [1]`` the rows that count.
+    are by sequence; ``starts [max_sequences + 1]`` is each sequence's first row; ``count [1]`` the rows that count;
+    ``follows [max_sequences]`` is, by row, the number of the token among those drawn last that belongs there, or -1.
     Sequences of one row come first: there are ``decodes`` of them, padding included; ``chunks`` are those that follow
     (a prompt's last token behind another chunk is a chunk of one row).
     """
@@ -39,7 +52,7 @@ class StepInputs:
     ) -> None:
         self.block_size = block_size
         self.max_rows, self.max_sequences, self.max_blocks = max_rows, max_sequences, max_blocks
-        sizes = [1] + [max_rows] * 3 + [max_sequences] * 2 + [max_sequences + 1, max_sequences * max_blocks]
+        sizes = [1] + [max_rows] * 3 + [max_sequences] * 3 + [max_sequences + 1, max_sequences * max_blocks]
         borders = np.cumsum([0, *(-(-size // 4) * 4 for size in sizes)])  # 16-byte borders, for wide loads
         self._host = torch.zeros(int(borders[-1]), dtype=torch.int32, pin_memory=device.type == "cuda")
         self._device = torch.zeros_like(self._host, device=device)
@@ -47,23 +60,25 @@ class StepInputs:
         def views(of: torch.Tensor) -> list[torch.Tensor]:
             return [of[start : start + size] for start, size in zip(borders, sizes, strict=False)]
 
-        self.count, self.ids, self.positions, self.targets, self.lengths, self.last, self.starts, tables = views(
-            self._device
+        self.count, self.ids, self.positions, self.targets, self.lengths, self.last, self.follows, self.starts, flat = (
+            views(self._device)
         )
-        self.tables = tables.view(max_sequences, max_blocks)
+        self.tables = flat.view(max_sequences, max_blocks)
         host = [view.numpy() for view in views(self._host)]
-        self._count, self._ids, self._positions, self._targets, self._lengths, self._last, self._starts, flat = host
-        self._tables = flat.reshape(max_sequences, max_blocks)
+        self._count, self._ids, self._positions, self._targets, self._lengths, self._last = host[:6]
+        self._follows, self._starts = host[6:8]
+        self._tables = host[8].reshape(max_sequences, max_blocks)
         self._copied: torch.cuda.Event | None = torch.cuda.Event() if device.type == "cuda" else None
         # By sequence: the list of blocks that was put into its table last, and how many of it.
         self._known: list[tuple[list[int], int]] = [([], 0)] * max_sequences
         self.rows = self.sequences = self.decodes = 0
         self.chunks: list[Chunk] = []
 
-    def fill(self, batch: Batch, padded: int | None = None) -> None:
+    def fill(self, batch: Batch, padded: int | None = None, drawn: torch.Tensor | None = None) -> None:
         """Describe ``batch``, one of decodes padded to ``padded`` rows if that is given.
 
-        Returns once the host's side may be written again; the copy to the device is in the stream's order.
+        ``drawn``, int64, on the device: the tokens that slices follow. Returns once the host's side may be written
+        again; the copy to the device is in the stream's order.
         """
         if self._copied is not None:
             self._copied.synchronize()  # the last copy has left the pinned buffer
@@ -73,6 +88,8 @@ class StepInputs:
             self._table(sequence, part)
         starts = np.array([part.start for part in slices[:decodes]], dtype=np.int32)
         self._ids[:decodes] = [part.tokens[0] for part in slices[:decodes]]
+        following = [-1 if part.follows is None else part.follows for part in slices[:decodes]]
+        self._follows[:decodes] = following
         self._positions[:decodes] = starts
         self._targets[:decodes] = self._slots(np.arange(decodes), starts)
         self._lengths[:decodes] = starts + 1
@@ -102,6 +119,8 @@ class StepInputs:
         self._device.copy_(self._host, non_blocking=True)
         if self._copied is not None:
             self._copied.record()
+        if drawn is not None and max(following, default=-1) >= 0:
+            _follow[(triton.cdiv(decodes, _FOLLOWERS),)](self.ids, self.follows, drawn, decodes, BLOCK=_FOLLOWERS)
 
     def _table(self, sequence: int, part: Slice) -> None:
         """Put the blocks of ``part`` into its row. A running request's list only grows, so the old ones stand there."""

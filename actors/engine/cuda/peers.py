@@ -142,6 +142,15 @@ class CudaPeers:
     def sync(self, vector: Sequence[int]) -> list[list[int]]:
         return self._mesh.sync(vector)
 
+    def offer(self, vector: Sequence[int]) -> None:
+        self._mesh.offer(vector)
+
+    def awaited(self) -> list[int]:
+        return self._mesh.awaited()
+
+    def gather(self) -> list[list[int]]:
+        return self._mesh.gather()
+
     def heard(self, rank_indexes: Iterable[int]) -> bool:
         return self._mesh.heard(rank_indexes)
 

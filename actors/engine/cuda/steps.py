@@ -8,10 +8,11 @@ the experts. So nothing is captured again when the group changes.
 from __future__ import annotations
 
 import bisect
+import dataclasses
 import logging
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -33,6 +34,13 @@ logger = logging.getLogger(__name__)
 _REHEARSALS = 2
 # What the driver keeps for one captured step, besides the memory that the step computes in. Bytes.
 _GRAPH_BYTES = 16 * 2**20
+
+
+class _Mark(NamedTuple):
+    """A place in the stream; ``verdict`` is the experts', where peers take part."""
+
+    done: torch.cuda.Event
+    verdict: torch.Tensor | None
 
 
 def ladder(most: int) -> list[int]:
@@ -64,16 +72,15 @@ class CudaSteps:
         self.sizes = wanted if self._experts.capturable else []
         self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
         self._idle: torch.cuda.CUDAGraph | None = None
-        self._done = torch.cuda.Event()
         plan = self._plan(weights)
         logger.info("%s", plan)
         self.num_kv_blocks = plan.blocks
         model.attention = self._make_attention(plan.blocks)
 
-    def run(self, batch: Batch) -> torch.Tensor:
+    def run(self, batch: Batch, drawn: torch.Tensor | None = None) -> torch.Tensor:
         count = batch.num_tokens
         size = self._size_of(batch) if self._captured_suits else None
-        self.inputs.fill(batch, size)
+        self.inputs.fill(batch, size, drawn)
         self.model.attention.begin(self.inputs)
         if size in self._graphs:
             graph, logits = self._graphs[size]
@@ -101,14 +108,20 @@ class CudaSteps:
         experts = self.model.experts
         return bool(self.sizes) and experts is self._experts and experts.most_rows <= self.sizes[-1]
 
-    def wait(self) -> None:
-        self._done.record()
+    def mark(self) -> _Mark:
         experts = self.model.experts
-        if isinstance(experts.exchange, CudaPeers):
-            experts.exchange.wait(self._done, self.config.collective_timeout_s)
-            experts.check()
+        verdict = experts.verdict() if isinstance(experts.exchange, CudaPeers) else None
+        done = torch.cuda.Event()
+        done.record()
+        return _Mark(done, verdict)
+
+    def wait(self, mark: _Mark) -> None:
+        experts = self.model.experts
+        if mark.verdict is None:
+            mark.done.synchronize()
         else:
-            self._done.synchronize()
+            experts.exchange.wait(mark.done, self.config.collective_timeout_s)
+            experts.check(mark.verdict)
 
     def warm_up(self) -> None:
         started, before = time.monotonic(), torch.cuda.mem_get_info()[0]
@@ -206,9 +219,10 @@ class CudaSteps:
         return torch.cuda.max_memory_allocated() - before
 
     def _rehearse(self, size: int) -> None:
-        batch = Batch(tuple(rehearsal([0], 0, [i % self.num_kv_blocks]) for i in range(size)))
+        slices = (rehearsal([0], 0, [i % self.num_kv_blocks]) for i in range(size))
+        batch = Batch(tuple(dataclasses.replace(piece, follows=0) for piece in slices))
         self.model.experts.begin([size])
-        self.run(batch)
+        self.run(batch, torch.zeros(1, dtype=torch.int64, device=self.device))
 
     def _largest_step(self) -> None:
         """Prompts as long as they may be, as many as a step holds."""

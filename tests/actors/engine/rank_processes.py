@@ -16,13 +16,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from actors.engine.batch import Sampled
 from actors.engine.blocks import BlockPool
 from actors.engine.config import EngineConfig
 from actors.engine.experts.exchange import Exchange, PeerLost, SoloExchange
 from actors.engine.experts.map import ExpertMap
 from actors.engine.experts.mesh import MeshExchange
 from actors.engine.experts.routing import Routing
+from actors.engine.pipeline import Pipeline
 from actors.engine.request import Request
 from actors.engine.runner import ModelRunner, StepFailed
 from actors.engine.scheduler import Scheduler
@@ -35,7 +35,8 @@ class Job:
 
     Prompts are ``(request id, tokens, step at which it arrives)``. ``poison``: the model raises, in the middle of its
     layers, on a batch that holds this token. ``dies_in``: the rank is killed in this step, once the others are told
-    that it takes part. ``load`` is the map the weights are read by, when it is not ``map``.
+    that it takes part. ``load`` is the map the weights are read by, when it is not ``map``. ``ahead``: steps are
+    launched before the tokens of the one before are taken, as always where steps are asynchronous.
     """
 
     config: EngineConfig
@@ -48,6 +49,7 @@ class Job:
     poison: int | None = None
     dies_in: int | None = None
     load: ExpertMap | None = None
+    ahead: bool = False
 
 
 @dataclass
@@ -59,6 +61,7 @@ class Result:
     prefix_hits: int = 0
     longest_slice: int = 0
     dummy_steps: int = 0
+    followed: int = 0
 
 
 def run(job: Job) -> Result:
@@ -93,14 +96,26 @@ def _serve(job: Job, runner: ModelRunner, exchange: Exchange) -> Result:
         vocab_size=runner.summary.vocab_size,
     )
     result = Result(tokens={name: [] for name, _, _ in job.prompts})
+    pipeline = Pipeline(runner)
+    ahead = job.ahead or runner.asynchronous
+
+    def land() -> None:
+        for output in scheduler.commit(*pipeline.land()):
+            result.tokens[output.delta.request_id] += output.delta.tokens
+
     arrivals = sorted(job.prompts, key=lambda prompt: prompt[2])
     step = 0
     while True:
         while arrivals and arrivals[0][2] <= step:
             name, prompt, _ = arrivals.pop(0)
-            refused = scheduler.add(Request(name, b"", prompt, SamplingParams(max_tokens=job.max_tokens)))
+            refused = scheduler.add(
+                Request(name, b"", prompt, SamplingParams(max_tokens=job.max_tokens, temperature=0.0))
+            )
             assert refused is None, refused
         batch = scheduler.schedule()
+        if not batch.slices and pipeline:
+            land()
+            batch = scheduler.schedule()
         vectors = exchange.sync([int(bool(batch.slices or arrivals)), batch.num_tokens])
         if not any(work for work, _ in vectors):
             break
@@ -110,24 +125,24 @@ def _serve(job: Job, runner: ModelRunner, exchange: Exchange) -> Result:
         tokens = [count for _, count in vectors]
         if not batch.slices:
             runner.dummy_step(tokens)
-            runner.wait()
+            runner.wait(runner.mark())
             result.dummy_steps += 1
             continue
         result.longest_slice = max(result.longest_slice, *(len(piece.tokens) for piece in batch.slices))
+        result.followed += sum(piece.follows is not None for piece in batch.slices)
         try:
-            logits = runner.step(batch, tokens)
+            pipeline.launch(batch, tokens)
         except StepFailed:
+            if pipeline:
+                land()
             scheduler.void(batch)
             for piece in batch.slices:
                 if job.poison in piece.tokens:
                     scheduler.abort(piece.request_id)
                     result.failed.append(piece.request_id)
             continue
-        best = logits.argmax(-1)
-        runner.wait()
-        sampled = [Sampled(token) for token in best.tolist()]
-        for output in scheduler.commit(batch, sampled):
-            result.tokens[output.delta.request_id] += output.delta.tokens
+        if len(pipeline) > ahead:
+            land()
     result.bytes_read = runner.loader.bytes_read
     result.preemptions = scheduler.preemptions
     result.prefix_hits = scheduler.pool.hits

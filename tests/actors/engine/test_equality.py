@@ -134,6 +134,17 @@ def test_swapping_two_experts_in_the_map_is_noticed(directory, processes, expect
     assert together(results) != expected("qwen2_moe")
 
 
+@pytest.mark.parametrize("family", ["qwen2_moe", "llama"])
+def test_steps_launched_ahead_change_nothing(family, directory, processes, expected) -> None:
+    path = tiny_models.build(family, directory)
+    figures = summarize(path)
+    size = 2 if figures.num_moe_layers else 1
+    expert_map = plan(Shape(figures.num_moe_layers, figures.num_experts), range(size))
+    results = processes.run(jobs(processes, path, expert_map, ahead=True))
+    assert together(results) == expected(family)
+    assert all(result.followed for result in results)
+
+
 def test_replicas_and_empty_slots_change_nothing(directory, processes, expected) -> None:
     path = tiny_models.build("qwen2_moe", directory)
     figures = summarize(path)

@@ -6,6 +6,7 @@ the prefix that was standing there when the cell was computed, so reading a wron
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from hashlib import blake2b
 
@@ -14,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from actors.engine.batch import EMPTY, Batch, Sampled
+from actors.engine.batch import EMPTY, Batch, Sampled, Slice
 from actors.engine.blocks import BlockPool
 from actors.engine.request import Request, Status
 from actors.engine.scheduler import Output, Scheduler
@@ -50,6 +51,11 @@ class Device:
     def __init__(self, block_size: int) -> None:
         self.block_size = block_size
         self.cells: dict[tuple[int, int], tuple[int, ...]] = {}
+        self.drawn: list[int] = []  # in the step before
+
+    def sequence(self, piece: Slice) -> list[int]:
+        """What is known of the slice's request, and the token that it follows."""
+        return piece.prompt + piece.generated + ([] if piece.follows is None else [self.drawn[piece.follows]])
 
     def cell(self, blocks: list[int], position: int) -> tuple[int, int]:
         return blocks[position // self.block_size], position % self.block_size
@@ -63,8 +69,11 @@ class Device:
     def run(self, batch: Batch) -> list[Sampled | Failure]:
         written = set()
         for piece in batch.slices:
-            sequence = piece.prompt + piece.generated
-            assert piece.tokens and piece.tokens == sequence[piece.start : piece.start + len(piece.tokens)]
+            sequence = self.sequence(piece)
+            if piece.follows is None:
+                assert piece.tokens and piece.tokens == sequence[piece.start : piece.end]
+            else:
+                assert (piece.tokens, piece.end) == ([0], len(sequence))
             assert piece.samples == (piece.start + len(piece.tokens) == len(sequence))
             for position in range(piece.start):  # computed by earlier steps
                 assert self.cells[self.cell(piece.blocks, position)] == tuple(sequence[: position + 1])
@@ -73,19 +82,20 @@ class Device:
                 assert cell not in written
                 written.add(cell)
         for piece in batch.slices:
-            sequence = piece.prompt + piece.generated
+            sequence = self.sequence(piece)
             for position in range(piece.start, piece.start + len(piece.tokens)):
                 self.cells[self.cell(piece.blocks, position)] = tuple(sequence[: position + 1])
         for piece in batch.slices:  # no slice wrote over what another reads in the same step
-            sequence = piece.prompt + piece.generated
+            sequence = self.sequence(piece)
             for position in range(piece.start + len(piece.tokens)):
                 assert self.cells[self.cell(piece.blocks, position)] == tuple(sequence[: position + 1])
         sampled: list[Sampled | Failure] = []
         for piece in batch.sampling_slices:
-            token = next_token(piece.prompt + piece.generated)
-            if len(piece.generated) < piece.sampling.min_tokens and token in (EOS, STOP):
+            token = next_token(self.sequence(piece))
+            if piece.end - len(piece.prompt) < piece.sampling.min_tokens and token in (EOS, STOP):
                 token = VOCAB - 1
             sampled.append(Sampled(token))
+        self.drawn = [result.token for result in sampled if isinstance(result, Sampled)]
         return sampled
 
 
@@ -124,7 +134,7 @@ class Rank:
             self.told[request_id] = list(generated)
         return refusal
 
-    def schedule(self, others_wait: bool = False) -> Batch:
+    def schedule(self, others_wait: bool = False, ahead: bool = False) -> Batch:
         before = [request for request in self.live.values() if request.status is Status.RUNNING]
         batch = self.scheduler.schedule(others_wait)
         max_num_seqs, budget = self.limits
@@ -132,6 +142,9 @@ class Rank:
         assert self.scheduler.running <= max_num_seqs
         ids = [piece.request_id for piece in batch.slices]
         assert len(set(ids)) == len(ids)
+        if ahead:
+            assert all(request.status is Status.RUNNING for request in before)
+            return batch
         # Nobody starves: the oldest is always served, and who ran goes on unless it was preempted.
         if self.live:
             assert next(iter(self.live)) in ids
@@ -182,14 +195,18 @@ prompts = st.one_of(
 
 
 class Life(RuleBasedStateMachine):
-    """Requests come and go, steps are committed, voided, broken into by aborts, or fail in part."""
+    """Requests come and go, steps are scheduled, some ahead, committed, voided, broken into by aborts, or fail in part.
+
+    Steps run on the device as soon as they are scheduled; ``under_way`` are those that were not committed, with what
+    they drew.
+    """
 
     chunk: int | None = None
 
     def __init__(self) -> None:
         super().__init__()
         self.rank = Rank(chunk=self.chunk)
-        self.batch: Batch | None = None
+        self.under_way: list[tuple[Batch, list[Sampled | Failure]]] = []
         self.voided: Batch | None = None
         self.expected: dict[str, tuple[list[int], str]] = {}
         self.cut: set[str] = set()  # aborted or failed
@@ -221,44 +238,50 @@ class Life(RuleBasedStateMachine):
                 assert refusal.delta.failure.code == "overloaded"
                 assert self.rank.scheduler.waiting >= 4
 
-    @precondition(lambda self: self.batch is None)
+    @precondition(lambda self: len(self.under_way) < 2)
     @rule(others_wait=st.booleans())
     def schedule(self, others_wait: bool) -> None:
-        self.batch = self.rank.schedule(others_wait)
+        batch = self.rank.schedule(others_wait, ahead=bool(self.under_way))
         if self.voided is not None:
-            kept = tuple(piece for piece in self.voided.slices if piece.request_id in self.rank.live)
+            kept = tuple(
+                dataclasses.replace(piece, tokens=self.rank.live[piece.request_id].tokens(piece.start, piece.end))
+                for piece in self.voided.slices
+                if piece.request_id in self.rank.live
+            )
             if kept:
-                assert self.batch.slices == kept
+                assert batch.slices == tuple(dataclasses.replace(piece, follows=None) for piece in kept)
             self.voided = None
+        if batch.slices:
+            self.under_way.append((batch, self.rank.device.run(batch)))
 
-    @precondition(lambda self: self.batch is not None)
+    @precondition(lambda self: self.under_way)
     @rule()
     def commit(self) -> None:
-        sampled = self.rank.device.run(self.batch)
-        outputs = self.rank.scheduler.commit(self.batch, sampled)
-        sampling = [piece.request_id for piece in self.batch.sampling_slices if piece.request_id in self.rank.live]
+        batch, sampled = self.under_way.pop(0)
+        live = list(self.rank.live)
+        outputs = self.rank.scheduler.commit(batch, sampled)
+        sampling = [piece.request_id for piece in batch.sampling_slices if piece.request_id in live]
         assert [output.delta.request_id for output in outputs] == sampling
         self.rank.hear(outputs)
-        self.batch = None
 
-    @precondition(lambda self: self.batch is not None)
+    @precondition(lambda self: len(self.under_way) == 1)
     @rule()
     def void(self) -> None:
         hits = self.rank.pool.hits
-        self.rank.device.spoil(self.batch)
-        self.rank.scheduler.void(self.batch)
+        batch, _ = self.under_way.pop()
+        self.rank.device.spoil(batch)
+        self.rank.scheduler.void(batch)
         assert self.rank.pool.hits == hits
-        self.voided, self.batch = self.batch, None
+        self.voided = batch
 
-    @precondition(lambda self: self.batch is not None and self.batch.sampling_slices)
+    @precondition(lambda self: self.under_way and self.under_way[0][0].sampling_slices)
     @rule(data=st.data())
     def commit_with_a_poisoned_row(self, data: st.DataObject) -> None:
-        sampled = self.rank.device.run(self.batch)
+        batch, sampled = self.under_way.pop(0)
         row = data.draw(st.integers(0, len(sampled) - 1))
         sampled[row] = Failure("model_error", "poisoned")
-        self.cut.add(self.batch.sampling_slices[row].request_id)
-        self.rank.hear(self.rank.scheduler.commit(self.batch, sampled))
-        self.batch = None
+        self.cut.add(batch.sampling_slices[row].request_id)
+        self.rank.hear(self.rank.scheduler.commit(batch, sampled))
 
     @precondition(lambda self: self.rank.live)
     @rule(data=st.data(), poisoned=st.booleans())
@@ -277,7 +300,7 @@ class Life(RuleBasedStateMachine):
         self.rank.check_blocks()
 
     def teardown(self) -> None:
-        if self.batch is not None:
+        while self.under_way:
             self.commit()
         self.rank.drain()
         for request_id, (tokens, finish) in self.expected.items():
@@ -406,6 +429,71 @@ def test_prompts_take_small_steps_while_somebody_decodes() -> None:
     assert [lengths(others_wait=True), lengths(others_wait=True), lengths()] == [[4], [4], [2]]
 
 
+def test_decodes_go_on_from_tokens_that_are_not_known_yet() -> None:
+    rank = Rank(blocks=60, max_num_seqs=4, budget=24)
+    endless = {"eos_token_ids": (), "stop_token_ids": ()}
+    rank.add([2, 3, 4], max_tokens=4, **endless)
+    rank.add([5, 3, 2], max_tokens=2, **endless)
+
+    def launch() -> tuple[Batch, list[Sampled | Failure]]:
+        batch = rank.schedule(ahead=True)
+        return batch, rank.device.run(batch)
+
+    shapes = []
+    under_way = [launch()]
+    rank.add([6], max_tokens=2, **endless)
+    while under_way:
+        under_way.append(launch())
+        shapes.append([(piece.request_id, piece.follows) for piece in under_way[-1][0].slices])
+        if len(under_way) == 2 and not under_way[1][0].slices:
+            under_way.pop()
+        rank.hear(rank.scheduler.commit(*under_way.pop(0)))
+    assert shapes == [
+        [("r0", 0), ("r1", 1), ("r2", None)],
+        [("r0", 0), ("r2", 2)],  # r1's last token is being drawn
+        [("r0", 0)],
+        [],
+    ]
+    for request_id, prompt, length in (("r0", [2, 3, 4], 4), ("r1", [5, 3, 2], 2), ("r2", [6], 2)):
+        assert rank.told[request_id] == alone(prompt, SamplingParams(max_tokens=length, **endless))[0]
+
+
+def test_what_ran_ahead_of_a_last_token_is_dropped() -> None:
+    rank = Rank(blocks=60)
+    rank.add([2, 3], max_tokens=8)
+    first = rank.schedule()
+    ahead = rank.schedule(ahead=True)
+    rank.hear(rank.scheduler.commit(first, [Sampled(EOS)]))
+    assert rank.finish == {"r0": "stop"} and rank.pool.used == 0
+    assert rank.scheduler.commit(ahead, [Sampled(5)]) == []
+    assert rank.told["r0"] == [EOS]
+
+
+@pytest.mark.parametrize(
+    "sampling", [{"presence_penalty": 0.5}, {"frequency_penalty": 0.5}, {"repetition_penalty": 1.1}]
+)
+def test_nothing_runs_ahead_of_a_draw_that_depends_on_the_token_to_come(sampling: dict) -> None:
+    rank = Rank(blocks=60)
+    rank.add([2, 3], **sampling)
+    rank.add([4, 5])
+    batch = rank.schedule()
+    assert rank.schedule(ahead=True) is EMPTY
+    rank.hear(rank.scheduler.commit(batch, rank.device.run(batch)))
+    rank.drain()
+
+
+def test_nobody_loses_blocks_to_a_step_ahead() -> None:
+    rank = Rank(blocks=12, max_num_seqs=2, budget=24)
+    for token in (2, 3):
+        rank.add([token] * 12, max_tokens=11, eos_token_ids=(), stop_token_ids=())
+    batch = rank.schedule()
+    assert len(batch.slices) == 2 and rank.pool.free == 0
+    assert rank.schedule(ahead=True) is EMPTY and rank.scheduler.preemptions == 0
+    rank.hear(rank.scheduler.commit(batch, rank.device.run(batch)))
+    rank.drain()
+    assert rank.scheduler.preemptions > 0
+
+
 def test_an_id_reused_in_the_middle_of_a_step_does_not_get_the_old_ones_token() -> None:
     rank = Rank()
     rank.add([2, 3], request_id="same")
@@ -468,11 +556,17 @@ def test_a_step_is_committed_or_voided_exactly_once() -> None:
     rank = Rank()
     rank.add([2, 3])
     batch = rank.schedule()
-    with pytest.raises(RuntimeError, match="commit or void it first"):
+    ahead = rank.schedule(ahead=True)
+    with pytest.raises(RuntimeError, match="commit or void one first"):
         rank.scheduler.schedule()
+    with pytest.raises(RuntimeError, match="commit the earlier one first"):
+        rank.scheduler.void(ahead)
+    with pytest.raises(RuntimeError, match="not the step under way"):
+        rank.scheduler.commit(ahead, [Sampled(2)])
     with pytest.raises(ValueError, match="2 sampled tokens for 1 slices"):
         rank.scheduler.commit(batch, [Sampled(2), Sampled(3)])
     rank.hear(rank.scheduler.commit(batch, [Sampled(2)]))
+    rank.hear(rank.scheduler.commit(ahead, [Sampled(2)]))
     with pytest.raises(RuntimeError, match="not the step under way"):
         rank.scheduler.commit(batch, [Sampled(2)])
     with pytest.raises(RuntimeError, match="not the step under way"):

@@ -123,7 +123,7 @@ def work(size: int, rank: Rank, number: int) -> list[torch.Tensor]:
             exchange.close()
             exchange, former = joined, members
         results.append(model.step(tokens, own, seeds_of(step)))
-        model.experts.check()
+        model.experts.check(model.experts.verdict())
     return results
 
 
@@ -153,7 +153,7 @@ def break_off(rank: Rank, index: int) -> list[Any]:
         # Its own waits end too: it was told by rank 0, not by its host.
         model.step([2, 3], 1, seeds_of(0))
         with pytest.raises(PeerLost, match="void"):
-            model.experts.check()
+            model.experts.check(model.experts.verdict())
         return []
     timer = threading.Timer(1.0, exchange.break_off)
     timer.start()
@@ -161,12 +161,12 @@ def break_off(rank: Rank, index: int) -> list[Any]:
     if rank.device.type == "cuda":
         torch.cuda.synchronize()
     with pytest.raises(PeerLost, match="void"):
-        model.experts.check()
+        model.experts.check(model.experts.verdict())
     exchange.sync([1])
     # The next epoch knows nothing of it.
     model.adopt(Routing(MAPS[1], 0), SoloExchange())
     result = model.step([4], 0, seeds_of(1))
-    model.experts.check()
+    model.experts.check(model.experts.verdict())
     return [result]
 
 
