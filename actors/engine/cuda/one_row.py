@@ -16,15 +16,20 @@ import triton.language as tl
 from actors.engine.cuda.elementwise import rounded
 from actors.engine.cuda.overlap import await_previous, late, launch, let_next_start
 
-# Weights that a thread keeps, of 16 bits: half of its registers. Columns of a program.
-_KEPT, COLUMNS = 128, 8
-MAX_WIDTH = 16384
+# Weights of 16 bits that a program keeps, and a thread: half of the latter's registers. Half or twice as many were
+# slower on an H100 with the sizes of Qwen3-30B-A3B (2026-11-25).
+_KEPT, _KEPT_BY_THREAD = 2**14, 2**7
+# Columns of a program, at most.
+_COLUMNS = 8
+# The most elements of a row, which stands in registers too: this leaves a program two columns.
+_MAX_WIDTH = 8192
 
 
 class Row(NamedTuple):
-    """A row ``[1, width]`` still to be made: ``x``, plus ``delta`` if there is one, normalised if there is a ``norm``.
+    """One row still to be made: ``x [..., width]``, plus ``delta`` if there is one, normalised if there is a ``norm``.
 
-    ``norm [width]`` with ``epsilon`` and ``round_before_scale`` as ``rms_norm`` has them.
+    ``x`` and ``delta`` are contiguous; ``norm [width]``, ``epsilon`` and ``round_before_scale`` are those of
+    ``rms_norm``.
     """
 
     x: torch.Tensor
@@ -52,7 +57,7 @@ def load_row(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     """The row, ``[BLOCK]`` in float32, rounded as if each step had been a kernel; who is ``first`` stores the sum.
 
-    And, to KEEP it, the normalised row. ``norm [BLOCK]`` is the norm's weight.
+    And, to KEEP it, the row itself. ``norm [BLOCK]`` is the norm's weight.
     """
     k = tl.arange(0, BLOCK)
     inside = k < WIDTH
@@ -67,13 +72,13 @@ def load_row(  # type: ignore[no-untyped-def]
         if ROUND_BEFORE_SCALE:
             x = rounded(x, dtype)
         x = rounded(x * norm.to(tl.float32), dtype)
-        if KEEP and first:
-            tl.store(normed_pointer + k, x.to(dtype), inside)
+    if KEEP and first:
+        tl.store(normed_pointer + k, x.to(dtype), inside)
     return x
 
 
 @triton.jit
-def _one_row(  # type: ignore[no-untyped-def]
+def _multiply_row(  # type: ignore[no-untyped-def]
     x_pointer, delta_pointer, norm_pointer, total_pointer, weight_pointer, bias_pointer, output_pointer,
     epsilon, outputs,
     WIDTH: tl.constexpr, BLOCK: tl.constexpr, COLUMNS: tl.constexpr, ADD: tl.constexpr, NORM: tl.constexpr,
@@ -97,29 +102,32 @@ def _one_row(  # type: ignore[no-untyped-def]
     tl.store(output_pointer + column, result.to(output_pointer.dtype.element_ty), column < outputs)
 
 
-def warps(columns: int, block: int) -> int:
-    return max(1, columns * block // (32 * _KEPT))
+def share(block: int, most: int) -> tuple[int, int]:
+    """Columns of ``block`` weights that a program takes, ``most`` or fewer, and its warps; both powers of two."""
+    columns = min(most, _KEPT // block)
+    return columns, max(1, columns * block // (32 * _KEPT_BY_THREAD))
 
 
-class OneRow:
-    """``row [1, in] -> [1, out]`` with ``weight [out, in]`` and ``bias [out]`` or None; sums in float32.
+def suits_row(weight: torch.Tensor) -> bool:
+    """Whether one row can be multiplied with ``weight [out, in]`` here: not in float32, nor if it is too wide."""
+    return weight.dtype in (torch.bfloat16, torch.float16) and weight.shape[1] <= _MAX_WIDTH
 
-    Gives the product and, where the row is a sum, that sum.
+
+def multiply_row(row: Row, weight: torch.Tensor, bias: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """The product ``[1, out]`` of ``row`` with ``weight [out, in]``, plus ``bias [out]``, and the row before its norm.
+
+    All of one 16-bit dtype; sums in float32.
     """
-
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, columns: int = COLUMNS) -> None:
-        self.weight, self.bias, self.columns = weight, bias, columns
-
-    def __call__(self, row: Row) -> tuple[torch.Tensor, torch.Tensor]:
-        x, (outputs, width) = row.x, self.weight.shape
-        block = triton.next_power_of_2(width)
-        output = torch.empty(1, outputs, dtype=x.dtype, device=x.device)
-        total = x if row.delta is None else torch.empty_like(x)
-        _one_row[(triton.cdiv(outputs, self.columns),)](
-            x, x if row.delta is None else row.delta, x if row.norm is None else row.norm, total,
-            self.weight, self.weight if self.bias is None else self.bias, output, row.epsilon, outputs,
-            WIDTH=width, BLOCK=block, COLUMNS=self.columns, ADD=row.delta is not None, NORM=row.norm is not None,
-            ROUND_BEFORE_SCALE=row.round_before_scale, BIAS=self.bias is not None,
-            num_warps=warps(self.columns, block), **launch(x.device, 1),
-        )  # fmt: skip
-        return output, total
+    x, (outputs, width) = row.x, weight.shape
+    block = triton.next_power_of_2(width)
+    columns, warps = share(block, _COLUMNS)
+    output = torch.empty(1, outputs, dtype=x.dtype, device=x.device)
+    total = x if row.delta is None else torch.empty_like(x)
+    _multiply_row[(triton.cdiv(outputs, columns),)](
+        x, x if row.delta is None else row.delta, x if row.norm is None else row.norm, total,
+        weight, weight if bias is None else bias, output, row.epsilon, outputs,
+        WIDTH=width, BLOCK=block, COLUMNS=columns, ADD=row.delta is not None, NORM=row.norm is not None,
+        ROUND_BEFORE_SCALE=row.round_before_scale, BIAS=bias is not None,
+        num_warps=warps, **launch(x.device, 1),
+    )  # fmt: skip
+    return output, total

@@ -1,7 +1,8 @@
 """Kernels that start while the one before them ends (programmatic dependent launch, Hopper and later).
 
-A kernel launched so waits in ``begin`` until all before it is complete, and before that reads and writes nothing; it
-also lets the next one start. Meanwhile it may ask for weights to come to the L2 cache: that is a hint, and harmless.
+A kernel launched so waits in ``begin`` until all before it is complete; it also lets the next one start. Before that it
+writes nothing and reads only what no kernel of the step writes, as weights are: into registers, or as a mere hint into
+the L2 cache.
 """
 
 from __future__ import annotations
@@ -51,8 +52,6 @@ def begin(OVERLAP: tl.constexpr):  # type: ignore[no-untyped-def]
 @triton.jit
 def begin_in_turn(OVERLAP: tl.constexpr):  # type: ignore[no-untyped-def]
     """As ``begin``, but the next kernel starts only when all before this one is complete: no third one is resident."""
-    if OVERLAP == 2:
-        tl.extra.cuda.gdc_launch_dependents()
     if OVERLAP:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()

@@ -13,12 +13,14 @@ import triton.language as tl
 
 from actors.engine.cuda.elementwise import rounded
 from actors.engine.cuda.linear import FEW_ROWS, arrived_last, fetch_weights, lines_ahead, multiply_few
-from actors.engine.cuda.one_row import Row, load_columns, load_row, warps
+from actors.engine.cuda.one_row import Row, load_columns, load_row, share, suits_row
 from actors.engine.cuda.overlap import await_previous, begin, late, launch, let_next_start
 
 MAX_EXPERTS, MAX_CHOSEN = 1024, 32
 # How few rows' product is shared: experts and inner elements at a time of a program, parts of the inner axis.
 _COLUMNS, _INNER, _SPLITS = 16, 256, 8
+# Experts of a program where there is one row.
+_ROW_COLUMNS = 4
 
 
 class Choice(NamedTuple):
@@ -166,7 +168,7 @@ def _route_row(  # type: ignore[no-untyped-def]
     SIGMOID: tl.constexpr, NORMALISED: tl.constexpr, CORRECTED: tl.constexpr,
     GROUPS: tl.constexpr, KEPT_GROUPS: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """As ``one_row`` multiplies; the last program to finish chooses."""
+    """As ``multiply_row`` does it; the last program to finish chooses."""
     let_next_start(OVERLAP)
     program = tl.program_id(0)
     column = program * COLUMNS + tl.arange(0, COLUMNS)
@@ -253,23 +255,26 @@ class Router:
         logits = torch.nn.functional.linear(x, weight, bias)
         return logits, *route(logits, self.choice)
 
-    def of_row(
-        self, row: Row, columns: int = 4
-    ) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-        """The sum and the norm of ``row``, and what routing gives for it."""
+    @property
+    def takes_row(self) -> bool:
+        return suits_row(self.weight)
+
+    def of_row(self, row: Row) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+        """``row`` before its norm and after it, and what routing gives for it; if this router ``takes_row``."""
         x, (experts, width), choice = row.x, self.weight.shape, self.choice
-        total, normed = torch.empty_like(x), torch.empty_like(x)
+        total, normed = x if row.delta is None else torch.empty_like(x), torch.empty_like(x)
         logits = torch.empty(1, experts, dtype=torch.float32 if self.wide else x.dtype, device=x.device)
         scores = torch.empty(1, experts, dtype=torch.float32, device=x.device)
         weights, ids = _room(1, choice, x.device)
         block = triton.next_power_of_2(width)
+        columns, warps = share(block, _ROW_COLUMNS)
         _route_row[(triton.cdiv(experts, columns),)](
             x, x if row.delta is None else row.delta, x if row.norm is None else row.norm, total, normed,
             self.weight, self.weight if self.bias is None else self.bias, scores, self._counter, logits,
             logits if choice.correction is None else choice.correction, weights, ids, row.epsilon, choice.factor,
             WIDTH=width, ROW=block, COLUMNS=columns, ADD=row.delta is not None, NORM=row.norm is not None,
             ROUND_BEFORE_SCALE=row.round_before_scale, BIAS=self.bias is not None,
-            **_constants(choice, experts), num_warps=warps(columns, block), **launch(x.device, 1),
+            **_constants(choice, experts), num_warps=warps, **launch(x.device, 1),
         )  # fmt: skip
         return total, normed, (logits, weights, ids)
 
