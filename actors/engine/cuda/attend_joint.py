@@ -12,9 +12,10 @@ import triton.language as tl
 
 from actors.engine.cuda.attend_decode import MAX_GROUP, combine
 from actors.engine.cuda.attend_tile import LOG2E, Tiles, attend_tile, finish, precision
+from actors.engine.cuda.elementwise import rounded
 from actors.engine.cuda.overlap import await_previous, fetch_ahead, launch, let_next_start
 from actors.engine.cuda.paged import pool_rows, power
-from actors.engine.cuda.rotary import Heads, partner, turn
+from actors.engine.cuda.rotary import Heads, partner, rotated, scaled
 
 
 @triton.jit
@@ -28,18 +29,15 @@ def _turned(  # type: ignore[no-untyped-def]
     turns, beside = column < ROTATED, partner(column, ROTATED)
     x = tl.load(source + column, inside, 0.0).to(tl.float32)
     other = tl.load(source + beside, inside, 0.0).to(tl.float32)
-    weight, weight_of_other = 1.0, 1.0
     if NORM:
+        x, other = scaled(x, other, epsilon, dtype, WIDTH, ROUND_BEFORE_SCALE)
         within = column < WIDTH
-        weight = tl.load(norm + column, within, 0.0).to(tl.float32)
-        weight_of_other = tl.load(norm + beside, within, 0.0).to(tl.float32)
+        x = rounded(x * tl.load(norm + column, within, 0.0).to(tl.float32), dtype)
+        other = rounded(other * tl.load(norm + beside, within, 0.0).to(tl.float32), dtype)
     angle = column % ANGLES
     cosine = tl.load(cosines + angle, turns, 1.0).to(tl.float32)
     sine = tl.load(sines + angle, turns, 0.0).to(tl.float32)
-    return turn(
-        x, other, weight, weight_of_other, cosine, sine, epsilon, column, dtype,
-        WIDTH, ROTATED, NORM, ROUND_BEFORE_SCALE,
-    )  # fmt: skip
+    return rotated(x, other, cosine, sine, column, dtype, ROTATED)
 
 
 @triton.jit(do_not_specialize=["splits", "window"])

@@ -107,6 +107,11 @@ class CudaExperts:
         return all(products.gate for products in self._products)
 
     @property
+    def pairwise(self) -> bool:
+        """Whether a step in which no rank has more than one row has products of its own here."""
+        return any(products.pairwise for products in self._products)
+
+    @property
     def computed(self) -> int:
         return int(self._computed)
 

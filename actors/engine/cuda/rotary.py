@@ -42,17 +42,18 @@ def partner(column, ROTATED: tl.constexpr):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def turn(  # type: ignore[no-untyped-def]
-    x, other, weight, weight_of_other, cosine, sine, epsilon, column, dtype: tl.constexpr,
-    WIDTH: tl.constexpr, ROTATED: tl.constexpr, NORM: tl.constexpr, ROUND_BEFORE_SCALE: tl.constexpr,
-):  # fmt: skip
-    """Heads ``x [heads, BLOCK]`` normalised and rotated, where ``other`` are their partners; all float32."""
-    if NORM:
-        scale = tl.rsqrt(tl.sum(x * x, 1)[:, None] / WIDTH + epsilon)
-        x, other = x * scale, other * scale
-        if ROUND_BEFORE_SCALE:
-            x, other = rounded(x, dtype), rounded(other, dtype)
-        x, other = rounded(x * weight, dtype), rounded(other * weight_of_other, dtype)
+def scaled(x, other, epsilon, dtype: tl.constexpr, WIDTH: tl.constexpr, ROUND: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Heads ``x [heads, BLOCK]`` and their partners, by the root of the mean square; float32, to ROUND as ``dtype``."""
+    scale = tl.rsqrt(tl.sum(x * x, 1)[:, None] / WIDTH + epsilon)
+    x, other = x * scale, other * scale
+    if ROUND:
+        x, other = rounded(x, dtype), rounded(other, dtype)
+    return x, other
+
+
+@triton.jit
+def rotated(x, other, cosine, sine, column, dtype: tl.constexpr, ROTATED: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Heads ``x [heads, BLOCK]`` turned with their partners ``other``; float32, rounded as ``dtype`` in between."""
     other = tl.where(column < ROTATED // 2, -other, other)
     return tl.where(column < ROTATED, rounded(x * cosine, dtype) + rounded(other * sine, dtype), x)
 
@@ -79,8 +80,9 @@ def _split(  # type: ignore[no-untyped-def]
     source = joint_pointer + row * joint_stride + head * WIDTH
     value = tl.load(source + column, inside, 0.0).to(tl.float32)
     other = tl.load(source + beside, inside, 0.0).to(tl.float32)
-    weight, weight_of_other = 1.0, 1.0
+    x = value
     if NORM:
+        x, other = scaled(x, other, epsilon, dtype, WIDTH, ROUND_BEFORE_SCALE)
         within = column < WIDTH
         for_query, for_key = query_norm_pointer, key_norm_pointer
         weight = tl.where(
@@ -93,13 +95,11 @@ def _split(  # type: ignore[no-untyped-def]
             tl.load(for_query + beside, within, 0.0).to(tl.float32),
             tl.load(for_key + beside, within, 0.0).to(tl.float32),
         )
+        x, other = rounded(x * weight, dtype), rounded(other * weight_of_other, dtype)
     angle = row * angle_stride + column % ANGLES
     cosine = tl.load(cosine_pointer + angle, turns, 1.0).to(tl.float32)
     sine = tl.load(sine_pointer + angle, turns, 0.0).to(tl.float32)
-    x = turn(
-        value, other, weight, weight_of_other, cosine, sine, epsilon, column, dtype,
-        WIDTH, ROTATED, NORM, ROUND_BEFORE_SCALE,
-    )  # fmt: skip
+    x = rotated(x, other, cosine, sine, column, dtype, ROTATED)
     x = tl.where(is_value, value, x).to(dtype)
     tl.store(query_pointer + (row * QUERY + head) * WIDTH + column, x, inside & is_query)
     slot = row

@@ -225,7 +225,7 @@ def test_experts_pair_by_pair(kind: str, dtype: torch.dtype, monkeypatch: pytest
         reference = module.cpu().reference(x.cpu(), ids.cpu(), weights.cpu())
         module.to(DEVICE)
         assert error(found, reference) < (1e-5 if dtype == torch.float32 else 2e-2)
-    assert calls == ([1, 1] if suits else [])
+    assert calls == ([1, 1] if suits else []) and experts.pairwise == suits
     assert experts.computed == 4 * top_k
     # A row of padding, as the graph of one row has it in an idle step.
     experts.own_rows.fill_(0)
