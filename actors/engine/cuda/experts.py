@@ -41,8 +41,8 @@ class CudaExperts:
 
     ``own_rows`` (int32 ``[1]``, on the device) says how many of the rows that ``forward`` gets count; whoever fills the
     step's inputs sets it, or puts a tensor of its own in its place before the first step. A graph of ``forward`` or
-    ``finish`` stays good whatever is adopted later and however many rows peers have; ``begin`` belongs outside it. Only
-    where all ranks had one row at most is it slow if they have more, since it then computes pair by pair.
+    ``finish`` stays good whatever is adopted later and however many rows peers have; ``begin`` belongs outside it. One
+    captured with a single row may compute pair by pair (``pairwise``), which is slow where peers have more.
 
     ``layers`` are this rank's slots by MoE layer; ``max_rows`` the most rows of one rank in one step; ``max_ranks`` the
     size to which the group may grow, ``most_rows`` the most that a rank has in this step. ``chosen [layers, experts]``

@@ -1,8 +1,8 @@
 """Kernels that start while the one before them ends (programmatic dependent launch, Hopper and later).
 
 A kernel launched so waits in ``begin`` until all before it is complete; it also lets the next one start. Before that it
-writes nothing and reads only what no kernel of the step writes, as weights are: into registers, or as a mere hint into
-the L2 cache.
+writes nothing and reads only what stands there already, as weights do: into registers, or as a mere hint into the L2
+cache.
 """
 
 from __future__ import annotations
