@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from cuda_experts import EXPERTS, HIDDEN, INNER, LAYERS, Block, Gated, draw, error, halves, make, whole
 
+from actors.engine.cuda.experts import CudaExperts
 from actors.engine.cuda.peers import CudaPeers, PeerWindows
 from actors.engine.experts.exchange import Exchange, PeerLost, SoloExchange
 from actors.engine.experts.mesh import MeshExchange
@@ -93,8 +94,7 @@ def _pair(index: int, port: int) -> list[dict[str, Any]]:
             result = experts.forward(layer, *inputs[layer])
             own = alone.forward(layer, *inputs[layer])
             assert torch.equal(result, own), (step, layer, error(result, own.double()))
-        torch.cuda.synchronize()
-        experts.check()
+        check(experts)
     if index == 0:
         print("  two ranks equal one, bit for bit", flush=True)
     peers.sync([0])
@@ -117,7 +117,7 @@ def _pair(index: int, port: int) -> list[dict[str, Any]]:
     second.wait(event, 20.0)
     waited = time.monotonic() - started
     try:
-        experts.check()
+        check(experts)
         raise AssertionError("a step without the peer was not void")
     except PeerLost as lost:
         print(f"  peer killed 0.5 s into the wait; the step ended after {waited:.3f} s: {lost}", flush=True)
@@ -127,6 +127,13 @@ def _pair(index: int, port: int) -> list[dict[str, Any]]:
     last = draw(4, hidden, torch.float32, device, 5)
     assert error(alone.forward(0, *last), full[0].reference(*last)) < 1e-5
     return results
+
+
+def check(experts: CudaExperts) -> None:
+    """Waits, and raises PeerLost when the steps until here are void."""
+    verdict = experts.verdict()
+    torch.cuda.synchronize()
+    experts.check(verdict)
 
 
 def _pair_times(index: int, port: int, device: torch.device) -> list[dict[str, Any]]:
@@ -145,5 +152,5 @@ def _pair_times(index: int, port: int, device: torch.device) -> list[dict[str, A
         took = block.time(20)
         peers.sync([0])
         results.append({"rows": rows, "block": took, **block.kernels()})
-        experts.check()
+        check(experts)
     return results

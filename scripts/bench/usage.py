@@ -10,6 +10,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+# The first samples, a second's, are of periods that began before.
+_OLD = 5
 _TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 
 
@@ -46,7 +48,7 @@ class Usage:
             index, _, share = line.partition(",")
             with contextlib.suppress(ValueError):
                 samples.setdefault(index, []).append(float(share) / 100)
-        return {index: sum(shares) / len(shares) for index, shares in samples.items()}
+        return {index: sum(shares[_OLD:]) / len(shares[_OLD:]) for index, shares in samples.items() if shares[_OLD:]}
 
 
 def text(usage: dict[str, Any]) -> str:

@@ -8,7 +8,8 @@ panel comes from memory once, in order, and from the core's cache for the tiles 
 Reading ahead is asked for: otherwise a core waits for memory at every page of a weight, and computes only in between.
 
 Any tile sums an output in the same order, fused multiply-adds along ``in``: a row's result depends neither on the rows
-beside it nor on the number of threads.
+beside it nor on the number of threads. Where a processor has matrix units, products of many rows run on those
+(``tiles``), and may differ by rounding.
 """
 
 from __future__ import annotations
@@ -24,7 +25,10 @@ from numba.core.cgutils import get_or_insert_function
 from numba.core.registry import cpu_target
 from numba.extending import intrinsic
 
-from actors.engine.cpu import threads
+from actors.engine.cpu import amx, threads
+
+if amx.available():  # compiled by its import, before the first request
+    from actors.engine.cpu import tiles
 
 # What Numba compiles for; its cache on disk tells processors apart by the same.
 _FEATURES: str = cpu_target.target_context.codegen().magic_tuple()[2]
@@ -48,6 +52,8 @@ _PAGE = 4096
 # it 8 rows take two thirds of the time they take without.
 _AHEAD = 16384
 _LINE = 64
+# Rows of a group from which the matrix units are faster, where there are such.
+_MANY = 64
 _SHARES = 4  # tasks per thread: the cores of a shared machine are not equally fast
 
 _INT, _FLOAT = ir.IntType(64), ir.FloatType()
@@ -220,6 +226,9 @@ class Panels:
 
         The groups cover all rows.
         """
+        if len(x) >= _MANY * len(groups) and amx.available():
+            out = tiles.multiply(self._panels, self._biases, x.contiguous(), groups)
+            return out if out.shape[1] == self._width else out[:, : self._width].contiguous()
         x = _apart(x) if len(x) > 1 and self._depth * _SIZE % _PAGE == 0 else x.contiguous()
         out = torch.empty(len(x), self._per_weight * COLUMNS)
         chunk = -(-self._per_weight * len(groups) // (_SHARES * torch.get_num_threads()))

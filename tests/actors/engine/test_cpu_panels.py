@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from actors.engine.cpu import threads
+from actors.engine.cpu import amx, threads
 from actors.engine.cpu.panels import COLUMNS, ROWS, Panels
 
 NAN, INF = float("nan"), float("inf")
@@ -103,3 +103,40 @@ torch.testing.assert_close(panels.multiply(x, [(0, 17, 0)]), expected, rtol=1e-5
 """
     environment = os.environ | {"NUMBA_CPU_NAME": name, "NUMBA_CPU_FEATURES": features}
     subprocess.run([sys.executable, "-c", code], env=environment, check=True)
+
+
+needs_matrix_units = pytest.mark.skipif(not amx.available(), reason="this processor has no AMX")
+
+
+@needs_matrix_units
+@pytest.mark.parametrize("depth", [1, 20, 64, 1000])  # the last: in two slabs
+@pytest.mark.parametrize("width", [1, COLUMNS, 5 * COLUMNS + 7])
+@pytest.mark.parametrize("rows", [64, 79, 81, 300])  # the last: in two blocks
+def test_many_rows_are_as_exact_as_few(rows: int, width: int, depth: int) -> None:
+    panels, weights, biases = filled(1, width, depth)
+    x = torch.randn(depth, rows).t()
+    exact = torch.nn.functional.linear(x.double(), weights[0].double(), biases[0].double())
+    many, few = panels.multiply(x, [(0, rows, 0)]), torch.nn.functional.linear(x, weights[0], biases[0])
+    assert (many - exact).abs().max() <= 2 * (few - exact).abs().max() + 1e-6
+    assert torch.equal(panels.multiply(x[:-9].contiguous(), [(0, rows - 9, 0)]), many[:-9]) or rows - 9 < 64
+
+
+@needs_matrix_units
+def test_groups_of_many_rows_have_weights_of_their_own() -> None:
+    panels, weights, biases = filled(4, 2 * COLUMNS + 3, 100)
+    x = torch.randn(400, 100)
+    groups = [(0, 1, 2), (1, 127, 0), (127, 400, 3)]
+    expected = torch.cat([torch.nn.functional.linear(x[a:b], weights[i], biases[i]) for a, b, i in groups])
+    torch.testing.assert_close(panels.multiply(x, groups), expected, rtol=1e-5, atol=2e-5)
+
+
+@needs_matrix_units
+def test_nan_and_infinity_among_many_rows_stay_in_theirs() -> None:
+    panels, _, _ = filled(1, COLUMNS + 1, 16)
+    x = torch.randn(80, 16)
+    clean = panels.multiply(x, [(0, 80, 0)])
+    x[0, 3], x[79, 5] = NAN, INF
+    out = panels.multiply(x, [(0, 80, 0)])
+    assert not out[0].isfinite().any()
+    assert not out[79].isfinite().any()
+    assert torch.equal(out[1:79], clean[1:79])

@@ -86,6 +86,12 @@ class Model:
             module.load_state_dict(full.of(list(held)).state_dict())
         self.experts.adopt(routing, exchange)
 
+    def check(self) -> None:
+        verdict = self.experts.verdict()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        self.experts.check(verdict)
+
     def step(self, tokens: list[int], own: int, seeds: list[int]) -> torch.Tensor:
         """Layers one after the other, ``[rows, HIDDEN]`` of the rank that has ``tokens[own]``."""
         experts, rows = self.experts, tokens[own]
@@ -127,7 +133,7 @@ def work(size: int, rank: Rank, number: int) -> list[torch.Tensor]:
             exchange.close()
             exchange, former = joined, members
         results.append(model.step(tokens, own, seeds_of(step)))
-        model.experts.check(model.experts.verdict())
+        model.check()
     return results
 
 
@@ -190,20 +196,18 @@ def break_off(rank: Rank, index: int) -> list[Any]:
         # Its own waits end too: it was told by rank 0, not by its host.
         model.step([2, 3], 1, seeds_of(0))
         with pytest.raises(PeerLost, match="void"):
-            model.experts.check(model.experts.verdict())
+            model.check()
         return []
     timer = threading.Timer(1.0, exchange.break_off)
     timer.start()
     model.step([2, 3], 0, seeds_of(0))
-    if rank.device.type == "cuda":
-        torch.cuda.synchronize()
     with pytest.raises(PeerLost, match="void"):
-        model.experts.check(model.experts.verdict())
+        model.check()
     exchange.sync([1])
     # The next epoch knows nothing of it.
     model.adopt(Routing(MAPS[1], 0), SoloExchange())
     result = model.step([4], 0, seeds_of(1))
-    model.experts.check(model.experts.verdict())
+    model.check()
     return [result]
 
 
