@@ -69,8 +69,8 @@ LARGE = {
         (128, 256, 64, 8, 4, 1), (256, 128, 64, 8, 3, 1),
     ],
 }  # fmt: skip
+# One row goes pair by pair, without tiles.
 TUNED = {
-    1: SMALL,
     8: SMALL,
     64: SMALL,
     128: SMALL,

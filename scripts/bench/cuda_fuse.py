@@ -29,6 +29,7 @@ from actors.engine.cuda import overlap
 from actors.engine.cuda.elementwise import add_rms_norm, rms_norm, silu_and_mul
 from actors.engine.cuda.fuse import fuse
 from actors.engine.cuda.linear import FEW_ROWS, FewRows, Tiles, tiles
+from actors.engine.cuda.one_row import Row, multiply_row
 from actors.engine.cuda.rotary import Heads, split_and_keep, split_and_rotate
 from actors.engine.cuda.router import Choice, Router
 from actors.engine.cuda.trial import Trial, error
@@ -126,7 +127,10 @@ def check_kernels() -> None:
         for name, (outputs, inner) in PRODUCTS.items():
             if rows <= FEW_ROWS:
                 x, weight = random(rows, inner), random(outputs, inner, scale=inner**-0.5)
-                check(f"product {name}, {rows} rows", FewRows(weight, None)(x), x.double() @ weight.double().T)
+                exact = x.double() @ weight.double().T
+                check(f"product {name}, {rows} rows", FewRows(weight, None)(x), exact)
+                if rows == 1:
+                    check(f"product {name} by row", multiply_row(Row(x), weight, None)[0], exact)
 
 
 def check_heads(rows: int) -> None:
@@ -201,8 +205,9 @@ def elementwise(table: list[str]) -> None:
 
 
 def products(table: list[str], bandwidth: float, sweep: bool) -> None:
-    table.append("\nproducts, us: ours / torch's (floor from the bytes):")
-    table.append(f"{'':8}" + "".join(f"{f'{rows} rows':>18}" for rows in (1, 8, 16, 64, 128)) + f"{'floor':>9}")
+    table.append("\nproducts, us: ours / torch's (floor from the bytes; by row: one, by its own kernel):")
+    header = "".join(f"{f'{rows} rows':>18}" for rows in (1, 8, 16, 64, 128))
+    table.append(f"{'':8}{header}{'by row':>9}{'floor':>9}")
     swept: list[str] = []
     for name, (outputs, inner) in PRODUCTS.items():
         size = outputs * inner * DTYPE.itemsize
@@ -216,7 +221,9 @@ def products(table: list[str], bandwidth: float, sweep: bool) -> None:
             if rows <= FEW_ROWS:
                 ours = f"{few_rows(x, weights, None):.1f}"
             cells.append(f"{ours + ' /':>11}{torchs:>7.1f}")
-        table.append(f"{name:8}" + "".join(cells) + f"{size / bandwidth:>9.1f}")
+        row = Row(random(1, inner))
+        by_row = microseconds([lambda w=w, row=row: multiply_row(row, w, None) for w in weights])
+        table.append(f"{name:8}" + "".join(cells) + f"{by_row:>9.1f}{size / bandwidth:>9.1f}")
         for cut in SWEEP.get(name, []) if sweep else []:
             times = [few_rows(random(rows, inner), weights, Tiles(*cut)) for rows in (1, 16)]
             swept.append(f"{name:8}{tuple(cut)!s:24}" + "".join(f"{t:>9.1f}" for t in times))

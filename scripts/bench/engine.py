@@ -291,7 +291,10 @@ def offline(runner: ModelRunner, count: int, prompt: int, generate: int) -> dict
 
 
 def profile(what: str, call: Callable[[], Any]) -> None:
-    """Prints the device time of a step by kernel, the largest first."""
+    """Prints the device time of a step by kernel, the largest first; then when those in its middle start and end.
+
+    A kernel may start while the one before it works, and wait for its end: so the times add up to more than the step's.
+    """
     from torch.profiler import ProfilerActivity
 
     call()
@@ -306,6 +309,14 @@ def profile(what: str, call: Callable[[], Any]) -> None:
     for event in sorted(kernels, key=lambda event: -event.device_time_total)[:16]:
         each = event.device_time_total / event.count
         print(f"  {event.device_time_total / 1e3:8.3f} ms {event.count:5d} x {each:8.2f} us  {event.key[:90]}")
+    spans = sorted(
+        (event.time_range.start, event.time_range.end, event.name)
+        for event in recorded.events()
+        if event.device_type == torch.autograd.DeviceType.CUDA
+    )
+    middle = spans[len(spans) // 2 :][:24]
+    for start, end, name in middle:
+        print(f"  from {start - middle[0][0]:8.1f} to {end - middle[0][0]:8.1f} us  {name[:90]}")
 
 
 def table(result: dict[str, Any]) -> None:

@@ -11,9 +11,11 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from actors.engine.attention.base import KVShape
 from actors.engine.cuda.attend_decode import MAX_SPLITS, decode
+from actors.engine.cuda.attend_joint import decode_joint
 from actors.engine.cuda.attend_prefill import prefill
 from actors.engine.cuda.inputs import Chunk, StepInputs
 from actors.engine.cuda.paged import store
+from actors.engine.cuda.rotary import Heads, split_and_rotate
 
 # Programs of a decode kernel that keep a GPU busy: two per multiprocessor of an H100.
 PROGRAMS = 264
@@ -27,11 +29,9 @@ class TritonPagedAttention:
     """See ``PagedAttention``, except that ``begin`` takes ``StepInputs``. float32, bfloat16 or float16.
 
     ``keys[layer]`` and ``values[layer]`` are pools ``[num_blocks, kv_heads, block_size, width]``: slot ``s`` of
-    ``targets`` stands at ``[s // block_size, :, s % block_size]``. A kernel that writes there itself (rows with target
-    -1: nowhere) needs only ``attend`` afterwards. All but ``begin`` may be captured when the step has decodes only.
+    ``targets`` stands at ``[s // block_size, :, s % block_size]``. All but ``begin`` may be captured when the step has
+    decodes only.
     """
-
-    targets: torch.Tensor
 
     def __init__(
         self, shapes: Sequence[KVShape], num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
@@ -52,7 +52,6 @@ class TritonPagedAttention:
     def begin(self, step: StepInputs) -> None:
         """Attend as ``step`` says from now on; read again at each call, so a graph may be replayed after a refill."""
         self._inputs = step
-        self.targets = step.targets
 
     def forward(
         self,
@@ -78,7 +77,32 @@ class TritonPagedAttention:
         sinks: torch.Tensor | None,
     ) -> torch.Tensor:
         """``forward`` with ``[T, heads, width]`` tensors, of any strides, and ``[T, heads, value_width]`` as result."""
-        store(key, value, self.targets, self.keys[layer], self.values[layer])
+        store(key, value, self._inputs.targets, self.keys[layer], self.values[layer])
+        return self.attend(layer, query, scaling, window, sinks)
+
+    def attend_joint(
+        self,
+        layer: int,
+        joint: torch.Tensor,
+        cosine: torch.Tensor,
+        sine: torch.Tensor,
+        heads: Heads,
+        scaling: float,
+        window: int | None,
+        sinks: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """``joint [T, ...]``, see ``Heads``, to ``[T, heads, width]``; its keys and values are stored."""
+        inputs, keys, values = self._inputs, self.keys[layer], self.values[layer]
+        # More rows would each be turned by several programs, to no measured gain; float32 takes the kernels that give a
+        # row the same result whatever stands beside it.
+        if len(joint) == inputs.decodes == 1 and self.dtype != torch.float32:
+            out = joint.new_empty(1, heads.query, heads.width)
+            decode_joint(
+                joint, cosine, sine, heads, keys, values, inputs.targets, inputs.tables, inputs.lengths, out,
+                scaling, window, sinks, self._splits(1, heads.shared), self._arrivals,
+            )  # fmt: skip
+            return out
+        query = split_and_rotate(joint, cosine, sine, heads, keys, values, inputs.targets)
         return self.attend(layer, query, scaling, window, sinks)
 
     def attend(
@@ -87,16 +111,22 @@ class TritonPagedAttention:
         """``query [T, heads, key_width]`` to ``[T, heads, value_width]``; this step's keys and values are stored."""
         inputs, keys, values = self._inputs, self.keys[layer], self.values[layer]
         decodes, chunks = inputs.decodes, inputs.chunks
+        plain = window is None and sinks is None and self._plain(keys.shape[3], values.shape[3])
+
+        def dense(chunk: Chunk) -> bool:
+            return plain and chunk.start == 0 and chunk.count >= DENSE_ROWS
+
+        if chunks and chunks[0].count == len(query) and dense(chunks[0]):
+            return self._dense(chunks[0], query, keys, values, scaling)
         out = query.new_empty(len(query), query.shape[1], values.shape[3])
         if decodes:
             decode(
                 query[:decodes], keys, values, inputs.tables, inputs.lengths, out, scaling, window, sinks,
                 self._splits(decodes, keys.shape[1]), self._arrivals,
             )  # fmt: skip
-        plain = window is None and sinks is None and self._plain(keys.shape[3], values.shape[3])
-        for dense, run in groupby(chunks, lambda chunk: plain and chunk.start == 0 and chunk.count >= DENSE_ROWS):
+        for whole, run in groupby(chunks, dense):
             members = list(run)
-            if dense:
+            if whole:
                 for chunk in members:
                     span = slice(chunk.first, chunk.first + chunk.count)
                     out[span] = self._dense(chunk, query[span], keys, values, scaling)

@@ -19,7 +19,7 @@ MAX_GROUP = 128
 
 
 @triton.jit
-def _combine(  # type: ignore[no-untyped-def]
+def combine(  # type: ignore[no-untyped-def]
     partial,
     sums,
     place,
@@ -130,7 +130,7 @@ def _decode(  # type: ignore[no-untyped-def]
     if tl.atomic_add(arrivals + place, 1, sem="acq_rel") < active - 1:
         return
     tl.store(arrivals + place, 0)  # for the next layer
-    peak, total, result = _combine(partial, sums, place, splits, active, GROUP, VALUE_WIDTH, G, VD, UNROLL)
+    peak, total, result = combine(partial, sums, place, splits, active, GROUP, VALUE_WIDTH, G, VD, UNROLL)
     all_heads, all_real = head * GROUP + tl.arange(0, G), tl.arange(0, G) < GROUP
     result = finish(peak, total, result, sinks, all_heads, all_real).to(out.dtype.element_ty)
     all_at = out + (row * KV_HEADS * GROUP + all_heads[:, None]) * VALUE_WIDTH + v[None, :]

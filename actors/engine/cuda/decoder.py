@@ -1,19 +1,24 @@
 """Decoder layers ``h = x + attention(norm(x))``, ``h + mlp(norm(h))``, with each sum and the norm after it as one.
 
 The last sum of a layer has its norm in the next layer, or after the last one. So a layer gives its residual and what is
-to be added to it, where the next reader is known to take them; then no sum stands alone.
+to be added to it, where the next reader is known to take them; then no sum stands alone. A single row goes to whoever
+can take it even before its norm: for one row, a kernel more costs as much as the product that follows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from actors.engine.cuda.elementwise import add_rms_norm, rms_norm
+from actors.engine.cuda.one_row import Row
 from actors.engine.cuda.trial import TOLERANCE, Trial, attempt, error
+
+# What a module gives for a ``Row``, with the arguments that its forward gets besides, and that row before its norm.
+OfRow = Callable[..., tuple[torch.Tensor, torch.Tensor]]
 
 
 @dataclass
@@ -40,28 +45,47 @@ class Unsummed:
 
 
 class _Layer:
-    """The forward of a decoder layer. With ``open_end`` it gives an ``Unsummed``; it always takes one."""
+    """The forward of a decoder layer. With ``open_end`` it gives an ``Unsummed``; it always takes one.
+
+    ``attention_of_row`` and ``mlp_of_row``, where there are, take the place of these modules at a single row.
+    """
 
     def __init__(self, module: Any, first: Norm, second: Norm) -> None:
         self.attention, self.mlp, self.first, self.second = module.self_attn, module.mlp, first, second
+        self.attention_of_row: OfRow | None = None
+        self.mlp_of_row: OfRow | None = None
         self.open_end = False
 
     def __call__(self, hidden_states: torch.Tensor | Unsummed, **arguments: Any) -> torch.Tensor | Unsummed:
         if isinstance(hidden_states, Unsummed):
-            x, normed = self.first.of_sum(hidden_states.x, hidden_states.delta)
+            x, delta = hidden_states.x, hidden_states.delta
         else:
-            x, normed = hidden_states, self.first(hidden_states)
-        x, normed = self.second.of_sum(x, self.attention(hidden_states=normed, **arguments)[0])
-        delta = self.mlp(normed)
-        delta = delta[0] if isinstance(delta, tuple) else delta
+            x, delta = hidden_states, None
+        x, delta = _apply(self.attention, self.attention_of_row, self.first, x, delta, arguments)
+        x, delta = _apply(self.mlp, self.mlp_of_row, self.second, x, delta, {})
         return Unsummed(x, delta) if self.open_end else x + delta
 
 
-def fuse_decoders(trial: Trial, norms: Mapping[Any, Norm]) -> tuple[int, int]:
-    """Fuse the decoder layers whose norms are fused already; how many those are, and after how many no sum stands."""
+def _apply(
+    module: Any, of_row: OfRow | None, norm: Norm, x: torch.Tensor, delta: torch.Tensor | None, arguments: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``x + delta``, and what ``module`` gives for its norm."""
+    if of_row is not None and x.numel() == x.shape[-1]:
+        delta, x = of_row(Row(x, delta, norm.weight, norm.epsilon, norm.round_before_scale), **arguments)
+        return x, delta
+    x, normed = (x, norm(x)) if delta is None else norm.of_sum(x, delta)
+    found = module(normed, **arguments)
+    return x, found[0] if isinstance(found, tuple) else found
+
+
+def fuse_decoders(trial: Trial, norms: Mapping[Any, Norm], of_row: Mapping[Any, OfRow]) -> tuple[int, int, int]:
+    """Fuse the decoder layers whose norms are fused already.
+
+    How many those are, after how many no sum stands, and how many let modules take a row before its norm.
+    """
     layers: dict[Any, _Layer] = {}
     for module in trial.model.module.modules():
-        layer = _layer(module, trial, norms)
+        layer = _layer(module, trial, norms, of_row)
         if layer is not None:
             layers[module] = layer
             module.forward = layer
@@ -70,10 +94,11 @@ def fuse_decoders(trial: Trial, norms: Mapping[Any, Norm]) -> tuple[int, int]:
         stack, last = getattr(module, "layers", None), norms.get(getattr(module, "norm", None))
         if isinstance(stack, torch.nn.ModuleList) and last is not None and all(layer in layers for layer in stack):
             opened += _open(module, [layers[layer] for layer in stack], last, trial)
-    return len(layers), opened
+    by_row = sum(layer.attention_of_row is not None or layer.mlp_of_row is not None for layer in layers.values())
+    return len(layers), opened, by_row
 
 
-def _layer(module: Any, trial: Trial, norms: Mapping[Any, Norm]) -> _Layer | None:
+def _layer(module: Any, trial: Trial, norms: Mapping[Any, Norm], of_row: Mapping[Any, OfRow]) -> _Layer | None:
     first, second = (norms.get(getattr(module, name, None)) for name in ("input_layernorm", "post_attention_layernorm"))
     if first is None or second is None or not hasattr(module, "self_attn") or not hasattr(module, "mlp"):
         return None
@@ -84,6 +109,12 @@ def _layer(module: Any, trial: Trial, norms: Mapping[Any, Norm]) -> _Layer | Non
         own = attempt(lambda: module.forward(x, **arguments))
         if own is None or error(own, attempt(lambda: layer(x, **arguments))) > TOLERANCE[trial.model.dtype]:
             return None
+        layer.attention_of_row, layer.mlp_of_row = of_row.get(module.self_attn), of_row.get(module.mlp)
+        x, delta, arguments = trial.hidden(width, 1), trial.hidden(width, 1), trial.arguments(width, 1)
+        own = attempt(lambda: module.forward(x + delta, **arguments))
+        found = attempt(lambda: layer(Unsummed(x, delta), **arguments))
+        if own is None or found is None or error(own, found) > TOLERANCE[trial.model.dtype]:
+            layer.attention_of_row = layer.mlp_of_row = None
     return layer
 
 

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 import triton
 
-from actors.engine.cuda import fp8, gemm, route
+from actors.engine.cuda import fp8, gemm, gemv, route
+from actors.engine.cuda.one_row import share, suits_row
 from actors.engine.cuda.overlap import launch
 from actors.engine.cuda.peers import CudaPeers
 from actors.engine.cuda.window import Layout, Window
@@ -30,6 +31,9 @@ _PROGRAMS = 8
 _COLUMNS = 512
 # Up to so many rows kernels start early (see ``overlap.py``); these are in the way sooner than others.
 MOST_ROWS = 16
+# Of the products pair by pair: columns of a program, at most, and programs per multiprocessor. As measured on an H100
+# with the sizes of Qwen3-30B-A3B, 2026-11-25.
+_EXPAND, _CONTRACT = (8, 4), (16, 5)
 
 
 class CudaExperts:
@@ -37,7 +41,8 @@ class CudaExperts:
 
     ``own_rows`` (int32 ``[1]``, on the device) says how many of the rows that ``forward`` gets count; whoever fills the
     step's inputs sets it, or puts a tensor of its own in its place before the first step. A graph of ``forward`` or
-    ``finish`` stays good whatever is adopted later and however many rows peers have; ``begin`` belongs outside it.
+    ``finish`` stays good whatever is adopted later and however many rows peers have; ``begin`` belongs outside it. One
+    captured with a single row may compute pair by pair (``pairwise``), which is slow where peers have more.
 
     ``layers`` are this rank's slots by MoE layer; ``max_rows`` the most rows of one rank in one step; ``max_ranks`` the
     size to which the group may grow, ``most_rows`` the most that a rank has in this step. ``chosen [layers, experts]``
@@ -100,6 +105,11 @@ class CudaExperts:
     def capturable(self) -> bool:
         """Whether ``forward`` may be captured: not if a module has an activation that the kernels lack."""
         return all(products.gate for products in self._products)
+
+    @property
+    def pairwise(self) -> bool:
+        """Whether a step in which no rank has more than one row has products of its own here."""
+        return any(products.pairwise for products in self._products)
 
     @property
     def computed(self) -> int:
@@ -219,7 +229,7 @@ class CudaExperts:
             hidden, ids, self.window.received, self.own_rows, self.chosen, self._table, self._local, *self._group,
             self._arrived, self._count, self._index, self._void,
             layer, self._num_slots, self._capacity, self.max_rows, self.window.layout.ids, self.window.layout.counts,
-            **self._sizes, BLOCK=_PAIRS, WIDTH=triton.next_power_of_2(self.hidden),
+            **self._sizes, BLOCK=_PAIRS, WIDTH=triton.next_power_of_2(self.hidden), EAGER=len(hidden) == 1,
             **launch(self.device, len(hidden), MOST_ROWS),
         )  # fmt: skip
 
@@ -229,13 +239,16 @@ class CudaExperts:
         route.combine[(min(32 * self.processors, max(1, items)),)](
             ids, weights, self.window.results, output, self.own_rows, self._table, self._local, *self._group,
             self._arrived, self._count, self._void, layer, len(output), self._num_slots,
-            **self._sizes, SLOTS=triton.next_power_of_2(max(1, self._num_slots)), WIDTH=width,
+            **self._sizes, SLOTS=triton.next_power_of_2(max(1, self._num_slots)), WIDTH=width, EAGER=len(output) == 1,
             **launch(self.device, len(output), MOST_ROWS),
         )  # fmt: skip
 
     def _multiply(self, layer: int, hidden: torch.Tensor) -> None:
         """Both products, for all pairs that stand here."""
         products, slots = self._products[layer], max(1, self._num_slots)
+        if products.pairwise and len(hidden) == self.most_rows == 1:
+            self._multiply_pairs(layer, hidden, products)
+            return
         # Tiles suit the rows that this step has here when they are spread evenly; any others work too.
         pairs = max(len(hidden), sum(self._tokens) // len(self._tokens)) * self.top_k
         kernels = products.kernels
@@ -268,12 +281,34 @@ class CudaExperts:
             BM=down.rows, BN=down.columns, BK=down.depth, num_warps=down.warps, num_stages=down.stages,
         )  # fmt: skip
 
+    def _multiply_pairs(self, layer: int, hidden: torch.Tensor, products: _Products) -> None:
+        common = {
+            "TOP_K": self.top_k, "SLOTS": triton.next_power_of_2(max(1, self._num_slots)), "BIASED": products.biased,
+            **launch(self.device, len(hidden), MOST_ROWS),
+        }  # fmt: skip
+        block, (most, programs) = triton.next_power_of_2(self.hidden), _EXPAND
+        columns, warps = share(block, most)
+        gemv.expand[(self.processors * programs,)](
+            hidden, self.window.received, products.up, products.up_beside, self._inner, self._count, self._index,
+            self._members, self._local, self._turn, self._computed,
+            layer, self._num_slots, self._capacity, self.max_rows,
+            N=products.up_columns, K=self.hidden, **common, BN=columns, BK=block, num_warps=warps,
+        )  # fmt: skip
+        block, (most, programs) = triton.next_power_of_2(products.activated), _CONTRACT
+        columns, warps = share(block, most)
+        gemv.contract[(self.processors * programs,)](
+            self._inner, products.down, products.down_beside, self.window.results, self._count, self._index,
+            self._members, self._windows, self._num_slots, self._capacity, self.max_rows,
+            N=self.hidden, K=products.activated, **common, BN=columns, BK=block, num_warps=warps,
+        )  # fmt: skip
+
 
 class _Products:
     """One layer's weights, and what its module does between the products.
 
     ``up_columns`` are those of the first product, ``activated`` those of the second one's input. ``gate`` is the kind
-    that ``gemm.expand`` applies, with ``limit`` and ``alpha``; 0: the module does it, in ``activate``.
+    that ``gemm.expand`` applies, with ``limit`` and ``alpha``; 0: the module does it, in ``activate``. ``pairwise``:
+    whether ``gemv.py`` can compute both.
     """
 
     def __init__(self, module: Any) -> None:
@@ -292,6 +327,9 @@ class _Products:
         self.activated = self.down.shape[1 if self.transposed else 2]
         self.limit, self.alpha = float(getattr(module, "limit", 0.0)), float(getattr(module, "alpha", 0.0))
         self.gate = self._recognise()
+        # float32 takes tiles always, so that a result does not depend on how many others there are.
+        narrow = all(suits_row(weight.flatten(0, 1)) for weight in (self.up, self.down))
+        self.pairwise = narrow and self.gate == gemm.SILU and not self.transposed
 
     def activate(self, inner: torch.Tensor) -> torch.Tensor:
         output: torch.Tensor = self.module._apply_gate(inner) if self.module.has_gate else self.module.act_fn(inner)

@@ -15,10 +15,11 @@ from typing import Any, TypeVar
 import torch
 
 from actors.engine.attention.triton_paged import TritonPagedAttention
-from actors.engine.cuda.decoder import Norm, fuse_decoders
+from actors.engine.cuda.decoder import Norm, OfRow, fuse_decoders
 from actors.engine.cuda.elementwise import MAX_NORM_WIDTH, rms_norm, silu_and_mul
 from actors.engine.cuda.linear import Linear, join
-from actors.engine.cuda.rotary import Heads, split_and_keep, split_and_rotate
+from actors.engine.cuda.one_row import Row
+from actors.engine.cuda.rotary import Heads, split_and_keep
 from actors.engine.cuda.router import MAX_CHOSEN, MAX_EXPERTS, Choice, Router, route
 from actors.engine.cuda.trial import TOLERANCE, Trial, attempt, error, errors
 from actors.engine.model import MoEModel
@@ -46,15 +47,23 @@ class _Fuser:
         self.tolerance = TOLERANCE[model.dtype]
         self.joined = join(model.linear_groups)
         self.norms: dict[Any, Norm] = {}
+        self.of_row: dict[Any, OfRow] = {}
 
     def run(self) -> None:
         counts: Counter[str] = Counter()
-        kinds = (("norms", self._norm), ("MLPs", self._mlp), ("routers", self._router), ("attentions", self._attention))
+        kinds = (
+            ("norms", self._norm),
+            ("MLPs", self._mlp),
+            ("routers", self._router),
+            ("routed blocks", self._routed),
+            ("attentions", self._attention),
+        )
         for name, attempt_to_fuse in kinds:
             for module in self.model.module.modules():
                 if attempt_to_fuse(module):
                     counts[name] += 1
-        counts["layers"], counts["open layers"] = fuse_decoders(self.trial, self.norms)
+        layers = fuse_decoders(self.trial, self.norms, self.of_row)
+        counts["layers"], counts["open layers"], counts["layers by row"] = layers
         counts["joint projections"] = sum(len(group) > 1 for group in self.joined)
         logger.info("fused %s", ", ".join(f"{n} {name}" for name, n in counts.items() if n) or "nothing")
 
@@ -137,6 +146,25 @@ class _Fuser:
         module.forward = router
         return True
 
+    def _routed(self, module: Any) -> bool:
+        """A block of nothing but a router and its experts can take a row before its norm; its forward stays."""
+        gates = (getattr(module, name, None) for name in ("gate", "router"))
+        forwards = (getattr(gate, "forward", None) for gate in gates)
+        router = next((forward for forward in forwards if isinstance(forward, Router)), None)
+        experts = getattr(module, "experts", None)
+        if router is None or not router.takes_row or not isinstance(experts, torch.nn.Module):
+            return False
+        x = self.trial.random(1, 1, router.weight.shape[1])
+        block = _Routed(router, experts)
+        with self.trial.recorded():
+            own = attempt(lambda: module.forward(x))
+            own = own[0] if isinstance(own, tuple) else own
+            found = attempt(lambda: block.of_row(Row(x))[0])
+        if found is None or error(own, found) > self.tolerance:
+            return False
+        self.of_row[module] = block.of_row
+        return True
+
     def _attention(self, module: Any) -> bool:
         parts = tuple(getattr(module, name, None) for name in ("q_proj", "k_proj", "v_proj"))
         inner = self.joined.get(parts)  # type: ignore[arg-type]
@@ -173,7 +201,20 @@ class _Fuser:
         if best is None:
             return False
         module.forward = best
+        if inner.takes_row:
+            self.of_row[module] = best.of_row
         return True
+
+
+class _Routed:
+    """Rows to the experts that ``router`` chooses for them."""
+
+    def __init__(self, router: Router, experts: torch.nn.Module) -> None:
+        self.router, self.experts = router, experts
+
+    def of_row(self, row: Row) -> tuple[torch.Tensor, torch.Tensor]:
+        total, normed, (_, weights, ids) = self.router.of_row(row)
+        return self.experts(normed.view(1, -1), ids, weights).view(row.x.shape), total
 
 
 class _Attention:
@@ -203,20 +244,27 @@ class _Attention:
     def __call__(
         self, hidden_states: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor], **_: Any
     ) -> tuple[torch.Tensor, None]:
-        joint = self.inner(hidden_states)[0]
+        return self._attend(self.inner(hidden_states)[0], position_embeddings), None
+
+    def of_row(
+        self, row: Row, position_embeddings: tuple[torch.Tensor, torch.Tensor], **_: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        joint, total = self.inner.of_row(row)
+        return self._attend(joint, position_embeddings), total
+
+    def _attend(self, joint: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        """The joint projections ``[T, ...]`` to the module's output ``[1, T, hidden]``."""
         for columns, norm in self.wide_norms:
             rms_norm(joint[:, columns], norm.weight, norm.epsilon, norm.round_before_scale, inplace=True)
         cosine, sine = (part[0] for part in position_embeddings)
         attention = self.model.attention
         if isinstance(attention, TritonPagedAttention):
-            keys, values = attention.keys[self.layer], attention.values[self.layer]
-            query = split_and_rotate(joint, cosine, sine, self.heads, keys, values, attention.targets)
-            output = attention.attend(self.layer, query, *self.settings)
+            output = attention.attend_joint(self.layer, joint, cosine, sine, self.heads, *self.settings)
         else:
             parts = split_and_keep(joint, cosine, sine, self.heads)
             query, key, value = (part.transpose(0, 1)[None] for part in parts)
             output = attention.forward(self.layer, query, key, value, *self.settings)
-        return self.outer(output.reshape(1, len(joint), -1)), None
+        return self.outer(output.reshape(1, len(joint), -1))
 
 
 def _in_float32(module: Any, call: Callable[[], Any]) -> Any:

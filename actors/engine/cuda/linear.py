@@ -3,7 +3,7 @@
 A product of few rows reads each weight once and does next to nothing with it, so what counts is that enough reads are
 under way on every multiprocessor. Our kernel gives each program a few output columns and pipelines its reads; where
 the columns are too few to occupy the GPU the inner axis is split too, and the last program of a column tile to finish
-sums the parts, in their order.
+sums the parts, in their order. A single row has a kernel of its own, see ``one_row.py``.
 """
 
 from __future__ import annotations
@@ -16,11 +16,14 @@ import torch
 import triton
 import triton.language as tl
 
+from actors.engine.cuda.one_row import Row, multiply_row, suits_row
 from actors.engine.cuda.overlap import MOST_AHEAD, begin, fetch_ahead, launch
 from actors.engine.turns import take_turns
 
 # The most rows of a layer that our kernel takes: one tile of the matrix units. More go through torch's product.
 FEW_ROWS = 16
+# From so many outputs on reads are under way all the time, and a single row is one of few.
+_MANY_OUTPUTS = 16384
 
 
 class Tiles(NamedTuple):
@@ -42,7 +45,7 @@ def tiles(outputs: int, inner: int) -> Tiles:
 
     More than two programs for each of its 132 multiprocessors, each of which reads its columns in four steps.
     """
-    if outputs >= 16384:
+    if outputs >= _MANY_OUTPUTS:
         return Tiles(64, 128, 1, 6, 4)
     splits = 1
     while outputs // 16 * splits < 320 and inner // (2 * splits) >= 256:
@@ -191,14 +194,21 @@ class Linear:
                     layer.bias = torch.nn.Parameter(bias, requires_grad=False)
         # float32 stays with torch, whose product is exact as long as TF32 is off (the default).
         self._few = FewRows(self.weight, self.bias) if self.weight.dtype != torch.float32 else None
+        self.takes_row = suits_row(self.weight) and len(self.weight) < _MANY_OUTPUTS
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         rows = x.reshape(-1, x.shape[-1])
-        if self._few is not None and 0 < len(rows) <= FEW_ROWS:
+        if self.takes_row and len(rows) == 1:
+            output = self.of_row(Row(rows))[0]
+        elif self._few is not None and 0 < len(rows) <= FEW_ROWS:
             output = self._few(rows)
         else:
             output = torch.nn.functional.linear(rows, self.weight, self.bias)
         return output.view(*x.shape[:-1], len(self.weight))
+
+    def of_row(self, row: Row) -> tuple[torch.Tensor, torch.Tensor]:
+        """``[1, out]`` of ``row``, and the row before its norm; if this layer ``takes_row``."""
+        return multiply_row(row, self.weight, self.bias)
 
 
 def _bias(layers: Sequence[torch.nn.Linear]) -> torch.Tensor | None:

@@ -1,7 +1,8 @@
 """Kernels that start while the one before them ends (programmatic dependent launch, Hopper and later).
 
-A kernel launched so waits in ``begin`` until all before it is complete, and before that reads and writes nothing; it
-also lets the next one start. Meanwhile it may ask for weights to come to the L2 cache: that is a hint, and harmless.
+A kernel launched so waits in ``begin`` until all before it is complete; it also lets the next one start. Before that it
+writes nothing and reads only what stands there already, as weights do: into registers, or as a mere hint into the L2
+cache.
 """
 
 from __future__ import annotations
@@ -16,6 +17,28 @@ import triton.language as tl
 MOST_AHEAD = 2**25
 # Over more rows, kernels that start early take the place of those that still work.
 MOST_ROWS = 64
+
+
+@triton.jit
+def let_next_start(OVERLAP: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The next kernel may start once all programs of this one have come here."""
+    if OVERLAP:
+        tl.extra.cuda.gdc_launch_dependents()
+
+
+@triton.jit
+def await_previous(OVERLAP: tl.constexpr):  # type: ignore[no-untyped-def]
+    """All kernels before this one are complete."""
+    if OVERLAP:
+        tl.extra.cuda.gdc_wait()
+
+
+@triton.jit
+def late(x, OVERLAP: tl.constexpr):  # type: ignore[no-untyped-def]
+    """16-bit ``x``, for which nobody waits before this point, though it was asked for earlier."""
+    if OVERLAP:
+        x = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], dtype=x.dtype, is_pure=False, pack=2)
+    return x
 
 
 @triton.jit

@@ -35,6 +35,30 @@ class Heads(NamedTuple):
 
 
 @triton.jit
+def partner(column, ROTATED: tl.constexpr):  # type: ignore[no-untyped-def]
+    """With which element of its head each one turns; itself beyond ``ROTATED``."""
+    half: tl.constexpr = ROTATED // 2
+    return tl.where(column < ROTATED, tl.where(column < half, column + half, column - half), column)
+
+
+@triton.jit
+def scaled(x, other, epsilon, dtype: tl.constexpr, WIDTH: tl.constexpr, ROUND: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Heads ``x [heads, BLOCK]`` and their partners, by the root of the mean square; float32, to ROUND as ``dtype``."""
+    scale = tl.rsqrt(tl.sum(x * x, 1)[:, None] / WIDTH + epsilon)
+    x, other = x * scale, other * scale
+    if ROUND:
+        x, other = rounded(x, dtype), rounded(other, dtype)
+    return x, other
+
+
+@triton.jit
+def rotated(x, other, cosine, sine, column, dtype: tl.constexpr, ROTATED: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Heads ``x [heads, BLOCK]`` turned with their partners ``other``; float32, rounded as ``dtype`` in between."""
+    other = tl.where(column < ROTATED // 2, -other, other)
+    return tl.where(column < ROTATED, rounded(x * cosine, dtype) + rounded(other * sine, dtype), x)
+
+
+@triton.jit
 def _split(  # type: ignore[no-untyped-def]
     joint_pointer, joint_stride, cosine_pointer, sine_pointer, angle_stride, query_norm_pointer, key_norm_pointer,
     epsilon, query_pointer,
@@ -51,18 +75,14 @@ def _split(  # type: ignore[no-untyped-def]
     dtype = query_pointer.dtype.element_ty
     inside = (head < QUERY + 2 * SHARED) & (column < WIDTH)
     is_query, is_value = head < QUERY, head >= QUERY + SHARED
-    half: tl.constexpr = ROTATED // 2
     turns = column < ROTATED
-    partner = tl.where(turns, tl.where(column < half, column + half, column - half), column)
+    beside = partner(column, ROTATED)
     source = joint_pointer + row * joint_stride + head * WIDTH
-    x = tl.load(source + column, inside, 0.0).to(tl.float32)
-    other = tl.load(source + partner, inside, 0.0).to(tl.float32)
-    value = x
+    value = tl.load(source + column, inside, 0.0).to(tl.float32)
+    other = tl.load(source + beside, inside, 0.0).to(tl.float32)
+    x = value
     if NORM:
-        scale = tl.rsqrt(tl.sum(x * x, 1)[:, None] / WIDTH + epsilon)
-        x, other = x * scale, other * scale
-        if ROUND_BEFORE_SCALE:
-            x, other = rounded(x, dtype), rounded(other, dtype)
+        x, other = scaled(x, other, epsilon, dtype, WIDTH, ROUND_BEFORE_SCALE)
         within = column < WIDTH
         for_query, for_key = query_norm_pointer, key_norm_pointer
         weight = tl.where(
@@ -72,16 +92,14 @@ def _split(  # type: ignore[no-untyped-def]
         )
         weight_of_other = tl.where(
             is_query,
-            tl.load(for_query + partner, within, 0.0).to(tl.float32),
-            tl.load(for_key + partner, within, 0.0).to(tl.float32),
+            tl.load(for_query + beside, within, 0.0).to(tl.float32),
+            tl.load(for_key + beside, within, 0.0).to(tl.float32),
         )
         x, other = rounded(x * weight, dtype), rounded(other * weight_of_other, dtype)
     angle = row * angle_stride + column % ANGLES
     cosine = tl.load(cosine_pointer + angle, turns, 1.0).to(tl.float32)
     sine = tl.load(sine_pointer + angle, turns, 0.0).to(tl.float32)
-    other = tl.where(column < half, -other, other)
-    turned = rounded(x * cosine, dtype) + rounded(other * sine, dtype)
-    x = tl.where(turns, turned, x)
+    x = rotated(x, other, cosine, sine, column, dtype, ROTATED)
     x = tl.where(is_value, value, x).to(dtype)
     tl.store(query_pointer + (row * QUERY + head) * WIDTH + column, x, inside & is_query)
     slot = row

@@ -19,7 +19,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from actors.engine.cuda.overlap import begin_in_turn
+from actors.engine.cuda.overlap import begin, begin_in_turn
 
 
 @triton.jit
@@ -80,7 +80,7 @@ def dispatch(
     hidden, ids, received, own_rows, chosen, table, local, members, windows, pad, turn, arrived, count, index, void,
     layer, num_slots, capacity, max_rows, ids_at, counts_at,
     TOP_K: tl.constexpr, HIDDEN: tl.constexpr, EXPERTS: tl.constexpr, MAX_RANKS: tl.constexpr,
-    BLOCK: tl.constexpr, WIDTH: tl.constexpr, OVERLAP: tl.constexpr,
+    BLOCK: tl.constexpr, WIDTH: tl.constexpr, EAGER: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Pushes this rank's rows to all peers and enters all ranks' pairs that stand here into ``index``.
 
@@ -88,7 +88,10 @@ def dispatch(
     ``[layers, experts]``). The programs wait for peers, so all of them must be resident at once; ``arrived`` counts
     them and must be zero.
     """
-    begin_in_turn(OVERLAP)
+    if EAGER:
+        begin(OVERLAP)
+    else:
+        begin_in_turn(OVERLAP)
     rows = tl.load(own_rows)
     size, me = tl.load(members), tl.load(members + 1)
     alone = tl.load(local + layer) != 0
@@ -145,7 +148,7 @@ def combine(
     ids, weights, results, output, own_rows, table, local, members, windows, pad, turn, arrived, count, void,
     layer, rows, num_slots,
     TOP_K: tl.constexpr, HIDDEN: tl.constexpr, EXPERTS: tl.constexpr, MAX_RANKS: tl.constexpr, SLOTS: tl.constexpr,
-    WIDTH: tl.constexpr, OVERLAP: tl.constexpr,
+    WIDTH: tl.constexpr, EAGER: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """``output [rows, H]``: each row's results, weighted and summed in float32 in the order of k; zeros beyond
     ``own_rows`` and for experts that stand nowhere.
@@ -153,7 +156,10 @@ def combine(
     Waits for the results that peers write into ``results [max_rows * k, H]``, and tells them that this rank's have
     been written by the kernel before.
     """
-    begin_in_turn(OVERLAP)
+    if EAGER:
+        begin(OVERLAP)
+    else:
+        begin_in_turn(OVERLAP)
     size, me = tl.load(members), tl.load(members + 1)
     if tl.program_id(0) == 0:
         slot = tl.arange(0, SLOTS)

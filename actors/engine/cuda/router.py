@@ -13,11 +13,14 @@ import triton.language as tl
 
 from actors.engine.cuda.elementwise import rounded
 from actors.engine.cuda.linear import FEW_ROWS, arrived_last, fetch_weights, lines_ahead, multiply_few
-from actors.engine.cuda.overlap import begin, launch
+from actors.engine.cuda.one_row import Row, load_columns, load_row, share, suits_row
+from actors.engine.cuda.overlap import await_previous, begin, late, launch, let_next_start
 
 MAX_EXPERTS, MAX_CHOSEN = 1024, 32
 # How few rows' product is shared: experts and inner elements at a time of a program, parts of the inner axis.
 _COLUMNS, _INNER, _SPLITS = 16, 256, 8
+# Experts of a program where there is one row.
+_ROW_COLUMNS = 4
 
 
 class Choice(NamedTuple):
@@ -154,6 +157,46 @@ def _score_and_route(  # type: ignore[no-untyped-def]
         )  # fmt: skip
 
 
+@triton.jit
+def _route_row(  # type: ignore[no-untyped-def]
+    x_pointer, delta_pointer, norm_pointer, total_pointer, normed_pointer, weight_pointer, bias_pointer,
+    scores_pointer, counter_pointer, logits_pointer, correction_pointer, weights_pointer, ids_pointer,
+    epsilon, factor,
+    WIDTH: tl.constexpr, ROW: tl.constexpr, COLUMNS: tl.constexpr, ADD: tl.constexpr, NORM: tl.constexpr,
+    ROUND_BEFORE_SCALE: tl.constexpr, BIAS: tl.constexpr,
+    EXPERTS: tl.constexpr, BLOCK: tl.constexpr, TOP_K: tl.constexpr, SLOTS: tl.constexpr,
+    SIGMOID: tl.constexpr, NORMALISED: tl.constexpr, CORRECTED: tl.constexpr,
+    GROUPS: tl.constexpr, KEPT_GROUPS: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """As ``multiply_row`` does it; the last program to finish chooses."""
+    let_next_start(OVERLAP)
+    program = tl.program_id(0)
+    column = program * COLUMNS + tl.arange(0, COLUMNS)
+    weight = load_columns(weight_pointer, column, EXPERTS, WIDTH, ROW)
+    k = tl.arange(0, ROW)
+    norm = tl.load(norm_pointer + k, k < WIDTH, 0.0) if NORM else 0.0
+    await_previous(OVERLAP)
+    weight = late(weight, OVERLAP)
+    x = load_row(
+        x_pointer, delta_pointer, norm, total_pointer, normed_pointer, epsilon, program == 0,
+        WIDTH, ROW, ADD, NORM, ROUND_BEFORE_SCALE, True,
+    )  # fmt: skip
+    score = tl.sum(weight.to(tl.float32) * x[None, :], 1)
+    if BIAS:
+        score += tl.load(bias_pointer + column, column < EXPERTS, 0.0).to(tl.float32)
+    tl.store(scores_pointer + column, score, column < EXPERTS)
+    if arrived_last(counter_pointer, tl.num_programs(0)):
+        expert = tl.arange(0, BLOCK)[None, :]
+        logits = tl.load(scores_pointer + expert, expert < EXPERTS, 0.0, cache_modifier=".cg")
+        dtype = logits_pointer.dtype.element_ty
+        tl.store(logits_pointer + expert, logits.to(dtype), expert < EXPERTS)
+        row = tl.zeros([1], tl.int32)
+        _choose(
+            rounded(logits, dtype), row, row == 0, correction_pointer, weights_pointer, ids_pointer, factor,
+            EXPERTS, BLOCK, TOP_K, SLOTS, SIGMOID, NORMALISED, CORRECTED, GROUPS, KEPT_GROUPS,
+        )  # fmt: skip
+
+
 def route(logits: torch.Tensor, choice: Choice) -> tuple[torch.Tensor, torch.Tensor]:
     """``logits [T, E]``, contiguous, to weights ``[T, k]`` of ``choice.dtype`` and ids ``[T, k]``, int64, best first.
 
@@ -211,6 +254,29 @@ class Router:
             x, weight, bias = x.float(), weight.float(), None if bias is None else bias.float()
         logits = torch.nn.functional.linear(x, weight, bias)
         return logits, *route(logits, self.choice)
+
+    @property
+    def takes_row(self) -> bool:
+        return suits_row(self.weight)
+
+    def of_row(self, row: Row) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+        """``row`` before its norm and after it, and what routing gives for it; if this router ``takes_row``."""
+        x, (experts, width), choice = row.x, self.weight.shape, self.choice
+        total, normed = x if row.delta is None else torch.empty_like(x), torch.empty_like(x)
+        logits = torch.empty(1, experts, dtype=torch.float32 if self.wide else x.dtype, device=x.device)
+        scores = torch.empty(1, experts, dtype=torch.float32, device=x.device)
+        weights, ids = _room(1, choice, x.device)
+        block = triton.next_power_of_2(width)
+        columns, warps = share(block, _ROW_COLUMNS)
+        _route_row[(triton.cdiv(experts, columns),)](
+            x, x if row.delta is None else row.delta, x if row.norm is None else row.norm, total, normed,
+            self.weight, self.weight if self.bias is None else self.bias, scores, self._counter, logits,
+            logits if choice.correction is None else choice.correction, weights, ids, row.epsilon, choice.factor,
+            WIDTH=width, ROW=block, COLUMNS=columns, ADD=row.delta is not None, NORM=row.norm is not None,
+            ROUND_BEFORE_SCALE=row.round_before_scale, BIAS=self.bias is not None,
+            **_constants(choice, experts), num_warps=warps, **launch(x.device, 1),
+        )  # fmt: skip
+        return total, normed, (logits, weights, ids)
 
     def _few(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         (rows, inner), experts, choice = x.shape, len(self.weight), self.choice

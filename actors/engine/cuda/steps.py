@@ -164,11 +164,13 @@ class CudaSteps:
     def _size_of(self, batch: Batch) -> int | None:
         """The padded size for ``batch``; None when it is not one of decodes that all sample, or is too large."""
         count = len(batch.slices)
+        # The graph of one row may compute experts pair by pair: too slow where a peer has more.
+        least = 2 if self._experts.pairwise and self._experts.most_rows > 1 else 1
         if not self.sizes or count != batch.num_tokens or count > self.sizes[-1]:
             return None
         if not all(part.samples for part in batch.slices):
             return None
-        return self.sizes[bisect.bisect_left(self.sizes, count)]
+        return self.sizes[bisect.bisect_left(self.sizes, max(count, least))]
 
     def _forward(self) -> torch.Tensor:
         inputs = self.inputs

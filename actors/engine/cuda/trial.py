@@ -28,17 +28,17 @@ class Trial:
         """Normal, in the model's dtype."""
         return torch.randn(shape, generator=self.generator).to(self.device, self.model.dtype)
 
-    def hidden(self, width: int) -> torch.Tensor:
+    def hidden(self, width: int, rows: int = len(_SCALES)) -> torch.Tensor:
         """``[1, rows, width]``, the rows of different size."""
-        scales = torch.tensor(_SCALES, device=self.device, dtype=self.model.dtype)
-        return self.random(1, len(_SCALES), width) * scales[:, None]
+        scales = torch.tensor(_SCALES[:rows], device=self.device, dtype=self.model.dtype)
+        return self.random(1, rows, width) * scales[:, None]
 
-    def arguments(self, width: int) -> dict[str, Any]:
+    def arguments(self, width: int, rows: int = len(_SCALES)) -> dict[str, Any]:
         """What a decoder gives its layers beside the hidden states ``[1, rows, width]``."""
         highest = self.model.summary.max_positions
-        positions = torch.randint(highest, (1, len(_SCALES)), generator=self.generator).to(self.device)
+        positions = torch.randint(highest, (1, rows), generator=self.generator).to(self.device)
         rotary = next((m for m in self.model.module.modules() if hasattr(m, "inv_freq")), None)
-        x = self.random(1, len(_SCALES), width)
+        x = self.random(1, rows, width)
         angles = None if rotary is None else attempt(lambda: rotary(x, position_ids=positions))
         return {
             "attention_mask": None, "position_ids": positions, "past_key_values": None, "use_cache": False,

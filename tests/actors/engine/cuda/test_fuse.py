@@ -266,7 +266,7 @@ def load(path: Path, dtype: str) -> MoEModel:
 
 
 def batches() -> list[Batch]:
-    """A prompt; its next token beside another's prompt; both."""
+    """A prompt; its next token beside another's prompt; both; the first by itself."""
     first, second = [3, 7, 1, 0, 9, 11], [4, 8, 2]
 
     def part(tokens: list[int], start: int, blocks: list[int]) -> Slice:
@@ -277,6 +277,7 @@ def batches() -> list[Batch]:
         Batch((part(prompts[0], 0, first),)),
         Batch((part([8], 20, first), part(prompts[1], 0, second))),
         Batch((part([4], 21, first), part([9], 7, second))),
+        Batch((part([6], 22, first),)),
     ]
 
 
@@ -305,6 +306,8 @@ UNFUSED = {
     "MLPs": ("mixtral", "olmoe", "gpt_oss"),
     "routers": ("llama", "qwen3"),
 }
+# Nothing but a router and its experts; in the others, experts that all tokens share stand beside them.
+ROUTED = ("qwen3_moe", "mixtral", "olmoe", "gpt_oss")
 
 
 # Interpreted bfloat16 takes a quarter of a minute a family.
@@ -323,6 +326,9 @@ def test_models_give_the_same_logits(family: str, dtype: str, tmp_path: Path, ca
         assert (kind in line) == (family not in families), line
     if family not in UNFUSED["attentions"]:
         assert f"{layers} attentions" in line
+    narrow = dtype != "float32"
+    assert ("routed blocks" in line) == (narrow and family in ROUTED), line
+    assert (f"{layers} layers by row" in line) == (narrow and family not in UNFUSED["attentions"]), line
     tolerance = 5e-5 if dtype == "float32" else 2e-2
     assert_near(logits_of(model, paged), expected, tolerance)
 
@@ -353,6 +359,20 @@ def test_modules_that_compute_otherwise_are_left_alone(tmp_path: Path, caplog: p
     # A layer needs both its norms fused; where one is closed, so are all.
     assert "16 norms, 2 routers, 3 attentions, 2 layers, 5 joint projections" in line
     assert_near(logits_of(model), expected, 1e-5)
+
+
+@pytest.mark.slow
+def test_a_row_goes_only_to_modules_that_compute_with_it_what_their_forwards_do(tmp_path: Path) -> None:
+    model = load(tiny_models.build("qwen3_moe", tmp_path), "bfloat16")
+    layers = model.module.model.layers
+    layers[1].mlp.forward = twice(layers[1].mlp.forward)
+    layers[2].self_attn.register_forward_hook(lambda module, arguments, output: (output[0] * 2, output[1]))
+    expected = logits_of(model, paged=True)
+    fuse.fuse(model)
+    taken = [(layer.forward.attention_of_row is not None, layer.forward.mlp_of_row is not None) for layer in layers]
+    # The first layer has no experts.
+    assert taken == [(True, False), (True, False), (False, False), (True, True)]
+    assert_near(logits_of(model, paged=True), expected, 2e-2)
 
 
 def test_a_decoder_that_looks_between_its_layers_gets_whole_sums(tmp_path: Path) -> None:

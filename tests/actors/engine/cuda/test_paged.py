@@ -203,8 +203,9 @@ def test_long_prompts_by_torch_beside_short_ones(monkeypatch: pytest.MonkeyPatch
         monkeypatch.setattr(triton_paged, "DENSE_BACKENDS", [SDPBackend.MATH])
     stand = Stand(KVShape(2, 16, 16), 6, [16, 17, 5, 18, 1], torch.bfloat16)
     spans = {4: (0, 1), 0: (0, 16), 1: (0, 17), 2: (0, 5), 3: (0, 18)}
-    query = stand.query(57)
-    stand.check(stand.step(spans, query), stand.expected(spans, query))
+    for those in (spans, {1: (0, 17)}):
+        query = stand.query(sum(end for _, end in those.values()))
+        stand.check(stand.step(those, query), stand.expected(those, query))
 
 
 def test_a_block_size_that_is_no_power_of_two() -> None:

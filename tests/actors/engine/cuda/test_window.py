@@ -55,8 +55,8 @@ STEPS = {
 
 
 @functools.cache
-def modules() -> list[Module]:
-    return [Module("silu", EXPERTS, HIDDEN, INNER, torch.float32, seed) for seed in range(LAYERS)]
+def modules(dtype: torch.dtype = torch.float32) -> list[Module]:
+    return [Module("silu", EXPERTS, HIDDEN, INNER, dtype, seed) for seed in range(LAYERS)]
 
 
 def draw(rows: int, seed: int) -> list[torch.Tensor]:
@@ -66,19 +66,23 @@ def draw(rows: int, seed: int) -> list[torch.Tensor]:
 
 
 class Model:
-    """The experts of one rank, filled anew for each map."""
+    """The experts of one rank, filled anew for each map. Steps have ``padding`` rows besides."""
 
-    def __init__(self, device: torch.device, window: Window | None = None) -> None:
-        self.device = device
-        self.modules = [module.of([-1] * EXPERTS) for module in modules()]
+    def __init__(
+        self,
+        device: torch.device,
+        window: Window | None = None,
+        dtype: torch.dtype = torch.float32,
+        padding: int = 1,
+    ) -> None:
+        self.device, self.dtype, self.padding = device, dtype, padding
+        self.modules = [module.of([-1] * EXPERTS) for module in modules(dtype)]
         layers = [slots(module, device) for module in self.modules]
-        self.experts = CudaExperts(
-            layers, EXPERTS, TOP_K, HIDDEN, torch.float32, device, MAX_ROWS, LAYOUT.max_ranks, window
-        )
+        self.experts = CudaExperts(layers, EXPERTS, TOP_K, HIDDEN, dtype, device, MAX_ROWS, LAYOUT.max_ranks, window)
         self.experts._inner.fill_(float("nan"))
 
     def adopt(self, routing: Routing, exchange: Exchange) -> None:
-        for module, full, held in zip(self.modules, modules(), routing.own_slots, strict=True):
+        for module, full, held in zip(self.modules, modules(self.dtype), routing.own_slots, strict=True):
             module.load_state_dict(full.of(list(held)).state_dict())
         self.experts.adopt(routing, exchange)
 
@@ -96,8 +100,8 @@ class Model:
         if not rows:
             experts.finish()
             return torch.empty(0, HIDDEN)
-        padded = min(rows + 1, MAX_ROWS)
-        hidden = torch.zeros(padded, HIDDEN, device=self.device)
+        padded = min(rows + self.padding, MAX_ROWS)
+        hidden = torch.zeros(padded, HIDDEN, device=self.device, dtype=self.dtype)
         for layer, seed in enumerate(seeds):
             fresh, ids, weights = draw(rows, seed + 97 * own)
             hidden[:rows] += fresh.to(self.device)
@@ -146,6 +150,39 @@ def test_a_group_computes_bit_for_bit_what_one_rank_does(size: int) -> None:
                 # The same rows by themselves: the seed tells the ranks apart, so it is shifted along.
                 alone = model.step([tokens[own]], 0, [seed + 97 * own for seed in seeds_of(step)])
                 assert torch.equal(result, alone), (step, own)
+
+
+# Tokens by rank, and whether the products are pair by pair, rank by rank.
+SINGLE = [([1, 1], (True, True)), ([1, 0], (True, False)), ([2, 1], (False, False)), ([1, 1], (True, True))]
+
+
+def single(rank: Rank, index: int) -> list[torch.Tensor]:
+    model = Model(rank.device, rank.window, torch.float16, padding=0)
+    calls: list[int] = []
+    own = model.experts._multiply_pairs
+    model.experts._multiply_pairs = lambda layer, *rest: (calls.append(layer), own(layer, *rest))  # type: ignore
+    exchange = rank.join(0, index, 2)
+    model.adopt(Routing(MAPS[2], index), exchange)
+    exchange.sync([0])
+    results = []
+    for step, (tokens, pairwise) in enumerate(SINGLE):
+        results.append(model.step(tokens, index, seeds_of(step)))
+        model.experts.check(model.experts.verdict())
+        assert calls == list(range(LAYERS)) * pairwise[index]
+        calls.clear()
+    return results
+
+
+def test_ranks_of_one_row_compute_pair_by_pair_and_only_if_none_has_more() -> None:
+    got = run(single, 2, Layout(4, MAX_ROWS, TOP_K, HIDDEN, torch.float16))
+    model = Model(DEVICE)
+    model.adopt(Routing(MAPS[1], 0), SoloExchange())
+    for step, (tokens, _) in enumerate(SINGLE):
+        for index, rows in enumerate(tokens):
+            if rows:
+                exact = model.step([rows], 0, [seed + 97 * index for seed in seeds_of(step)])
+                difference = (got[index][step].float() - exact).norm()
+                assert float(difference) < 4e-3 * float(exact.norm()), (step, index)
 
 
 def break_off(rank: Rank, index: int) -> list[Any]:
