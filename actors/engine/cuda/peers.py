@@ -65,9 +65,13 @@ class PeerWindows:
             return self._connect(mesh, store, epoch, time.monotonic() + timeout_s, abandoned or threading.Event())
 
     def release(self, peers: CudaPeers) -> None:
-        """These are not used any more; what nobody else uses is closed by the next ``connect``, aside from steps."""
+        """These are not used any more. What nobody else uses is closed, so that a peer that left gets its memory back.
+
+        By a thread of its own: the driver may take as long for it as a step.
+        """
         with self._lock:
             self._used.pop(peers, None)
+        threading.Thread(target=self._tidy, name="peer windows", daemon=True).start()
 
     def _connect(
         self, mesh: MeshExchange, store: dist.Store, epoch: int, deadline: float, abandoned: threading.Event
@@ -115,6 +119,10 @@ class PeerWindows:
         if card.owner not in self._open:
             self._open[card.owner] = self.window.memory.open(card.handle)
         return self._open[card.owner]
+
+    def _tidy(self) -> None:
+        with self._connecting:
+            self._close_unused()
 
     def _close_unused(self) -> None:
         with self._lock:

@@ -278,6 +278,18 @@ def test_a_peer_that_stays_is_opened_once_and_one_that_left_is_closed() -> None:
     assert sorted(closed) == sorted(windows[number].window.address for number in (1, 2))
 
 
+def test_a_peer_that_left_is_closed_although_nobody_comes() -> None:
+    windows, connect = group(2)
+    first, second = connect(1, [0, 1])
+    second.close()
+    first.close()
+    for number, other in ((0, 1), (1, 0)):
+        deadline = time.monotonic() + 20
+        while windows[number].window.memory.closed != [windows[other].window.address]:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+
+
 def test_a_peer_still_in_use_stays_open() -> None:
     windows, connect = group(3)
     connect(1, [0, 1])
