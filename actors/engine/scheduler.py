@@ -154,7 +154,7 @@ class Scheduler:
         """
         if len(sampled) != len(batch.sampling_slices):
             raise ValueError(f"{len(sampled)} sampled tokens for {len(batch.sampling_slices)} slices that sample")
-        owners = self._close(batch, 0)
+        owners = self._close(batch)
         results = iter(sampled)
         outputs = []
         for piece, request in zip(batch.slices, owners, strict=True):
@@ -182,7 +182,7 @@ class Scheduler:
         """
         if len(self._under_way) > 1:
             raise RuntimeError("void() while two steps are under way: commit the earlier one first")
-        owners = self._close(batch, -1)
+        owners = self._close(batch)
         for piece, owner in zip(batch.slices, owners, strict=True):
             owner.under_way -= len(piece.tokens)
             owner.drawn = None
@@ -307,10 +307,10 @@ class Scheduler:
 
     # --- taking its result -------------------------------------------------------------------------------------
 
-    def _close(self, batch: Batch, place: int) -> list[Request]:
-        if not self._under_way or batch is not self._under_way[place][0]:
+    def _close(self, batch: Batch) -> list[Request]:
+        if not self._under_way or batch is not self._under_way[0][0]:
             raise RuntimeError("commit() or void() of a batch that is not the step under way")
-        return self._under_way.pop(place)[1]
+        return self._under_way.pop(0)[1]
 
     def _publish(self, request: Request) -> None:
         full = request.computed // self.pool.block_size
