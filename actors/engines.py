@@ -13,7 +13,7 @@ from ray.actor import ActorHandle
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from actors import engine_actor
+from actors import engine_actor, zygote
 from actors.engine_actor import EngineActor
 from actors.handshake import HandshakeError, Ready
 from actors.membership import Member
@@ -116,7 +116,10 @@ class EngineSet:
             scheduling_strategy=PlacementGroupSchedulingStrategy(
                 group.placement_group, placement_group_bundle_index=group.control_bundle
             ),
-            runtime_env={"env_vars": environment},
+            runtime_env={
+                "env_vars": environment,
+                "py_executable": zygote.command(environment, settings.engine.device, settings.engine.model),
+            },
         ).remote(group, self._namespace, settings.engine, keys, settings.lease_s, meekly)
         return handle
 
