@@ -41,6 +41,9 @@ logger = logging.getLogger("ray.serve")
 
 # A replica holds streams, not work: how many it takes is bounded by its own limits (429), not by Serve's queue.
 MAX_ONGOING_REQUESTS = 1_000_000
+# By then Serve, which looks ten times a second or as often as it was told, has reconfigured a replica that it started
+# with an older file.
+SETTLED_S = 10.0
 
 
 def build_app(args: dict[str, Any]) -> Application:
@@ -111,11 +114,12 @@ class Ingress:
                 raise ValueError(f"user_config can't be used:\n{complaints(error)}") from None
         else:
             self._size = size
-            declared = self._manager.declare(size)
-            if starting:
-                await declared
+            if not starting:
+                self._in_background(self._manager.declare(size))
+            elif (await self._manager.status())["phase"] == "serving":
+                self._in_background(self._declare_later())
             else:
-                self._in_background(declared)
+                await self._manager.declare(size)
         if starting:
             await self._locate()
             await self._client.start()
@@ -187,6 +191,11 @@ class Ingress:
                 self._cause = status["cause"]
                 await self._client.fail(self._cause)
                 return
+
+    async def _declare_later(self) -> None:
+        """What this replica was started with may be older than what the others were told since."""
+        await asyncio.sleep(SETTLED_S)
+        await self._manager.declare(self._size)
 
     def _in_background(self, call: Awaitable[Any]) -> None:
         task = asyncio.ensure_future(call)
