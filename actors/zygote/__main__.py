@@ -30,6 +30,8 @@ MODULES = {
     "cuda": ("actors.engine.cuda.steps", "actors.engine.cuda.fuse", "actors.engine.cuda.peers"),
 }
 
+CUDA_OPENS = "/dev/nvidia-uvm"
+
 
 def prepare(device: str, model: str) -> None:
     """Imports what a rank with this model needs. Raises RuntimeError where a fork would not do instead."""
@@ -44,9 +46,9 @@ def prepare(device: str, model: str) -> None:
     os.close(os.pidfd_open(os.getpid()))
     for descriptor in Path("/proc/self/fd").iterdir():
         with contextlib.suppress(FileNotFoundError):
-            if (file := str(descriptor.readlink())).startswith("/dev/nvidia"):
+            if str(descriptor.readlink()) == CUDA_OPENS:
                 raise RuntimeError(
-                    f"importing the modules for {device} opened {file}, and CUDA does not survive a fork"
+                    f"importing the modules for {device} initialised CUDA, which does not survive a fork"
                 )
 
 
