@@ -256,7 +256,8 @@ class _Attention:
         """The joint projections ``[T, ...]`` to the module's output ``[1, T, hidden]``."""
         for columns, norm in self.wide_norms:
             rms_norm(joint[:, columns], norm.weight, norm.epsilon, norm.round_before_scale, inplace=True)
-        cosine, sine = (part[0] for part in position_embeddings)
+        # Of some models and releases of transformers they are views of angles by frequency.
+        cosine, sine = (part[0].contiguous() for part in position_embeddings)
         attention = self.model.attention
         if isinstance(attention, TritonPagedAttention):
             output = attention.attend_joint(self.layer, joint, cosine, sine, self.heads, *self.settings)
