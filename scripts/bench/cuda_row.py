@@ -4,8 +4,8 @@
     python scripts/bench/cuda_row.py [--layers 12] [--seconds 75]
 
 Each way is some layers of Qwen3-30B-A3B in bfloat16 with weights of their own in one CUDA graph, at a context of 1,024,
-by the kernels that the engine takes; microseconds are medians of replays over the number of layers. First comes a
-layer's timeline as it is now and in the last way; the table comes last.
+by the kernels that the engine takes; microseconds are medians of replays over the number of layers. Before the table,
+which comes last, stand timelines of a layer, now and with all that is new.
 """
 
 from __future__ import annotations

@@ -3,9 +3,9 @@
 
     python scripts/bench/cuda_wide.py [--rows 8192,64] [--seconds 75]
 
-One MoE layer of Qwen3-30B-A3B in bfloat16; graphs of layers with weights of their own, as in ``cuda_experts.py``. Of each
-way the whole layer and its kernels, in microseconds, and the rates of both products, of pairs that count. The table
-comes last.
+One MoE layer of Qwen3-30B-A3B in bfloat16; graphs of layers with weights of their own, as in ``cuda_experts.py``. Of
+each way the whole layer and its kernels, in microseconds, and the rates of both products, of pairs that count. The
+table comes last.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ from actors.engine.cuda.overlap import launch
 from actors.engine.experts.exchange import SoloExchange
 
 PRESENT = CudaExperts._multiply
-# rows, columns, depth, warps, stages, programs a processor, halves; of the second product: rows by descriptor, one loop.
+# rows, columns, depth, warps, stages, programs a processor, halves; of the second product: rows by descriptor, one
+# loop.
 EXPAND = {
     8192: [
         (128, 128, 64, 8, 3, 1, False), (128, 128, 64, 8, 3, 1, True), (128, 128, 64, 8, 4, 1, True),

@@ -83,6 +83,7 @@ class CudaExperts:
         # A rank by itself may send all of a token's pairs to one slot (Routing.alone), a group only one of them.
         self._capacity = max_rows * max(max_ranks, top_k)
         self._products = [_Products(layer.module) for layer in self.layers]
+        self._pairwise = any(products.pairwise for products in self._products)
 
         def integers(*size: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
             return torch.zeros(*size, dtype=dtype, device=device)
@@ -103,7 +104,7 @@ class CudaExperts:
         self._inner = torch.empty(max_rows * max_ranks * top_k * width, dtype=dtype, device=device)
         self._next = count
         self.most_rows = 0
-        self.stays = False
+        self.row_stays = False
         self.exchange: Exchange = SoloExchange()
 
     @property
@@ -114,7 +115,12 @@ class CudaExperts:
     @property
     def pairwise(self) -> bool:
         """Whether a step in which no rank has more than one row has products of its own here."""
-        return any(products.pairwise for products in self._products)
+        return self._pairwise
+
+    @property
+    def row_may_stay(self) -> bool:
+        """Whether a step of one row that stays here has kernels of its own; ``row_stays``: this step is one."""
+        return ROW_STAYS and self._pairwise
 
     @property
     def computed(self) -> int:
@@ -170,8 +176,8 @@ class CudaExperts:
     def begin(self, tokens_per_rank: Sequence[int], stays: bool = True) -> None:
         """Start a step in which rank index ``i`` has ``tokens_per_rank[i]`` tokens, rows of padding not counted.
 
-        With ``stays`` a step of one row may be computed in a way that is right only while no row leaves this rank, where
-        that is so now: a graph of it is good for such steps only.
+        With ``stays`` a step of one row may be computed in a way that is right only while no row leaves this rank,
+        where that is so now: a graph of it is good for such steps only.
 
         Raises ValueError when list, exchange and expert map are not of one number of ranks, and for too many tokens.
         """
@@ -186,7 +192,7 @@ class CudaExperts:
             )
         self._tokens = list(tokens_per_rank)
         self.most_rows = max(self._tokens)
-        self.stays = stays and all(self.routing.local)
+        self.row_stays = self.row_may_stay and stays and self.most_rows == 1 and all(self.routing.local)
         self._next = 0
 
     def forward(self, layer: int, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
@@ -225,7 +231,7 @@ class CudaExperts:
     def _run(self, layer: int, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         try:
             output = torch.empty_like(hidden)
-            if ROW_STAYS and self.stays and self._products[layer].pairwise and len(hidden) == self.most_rows == 1:
+            if self.row_stays and self._products[layer].pairwise and len(hidden) == 1:
                 self._multiply_row(layer, hidden, ids, weights, output)
             else:
                 self._dispatch(layer, hidden, ids)
@@ -313,7 +319,6 @@ class CudaExperts:
             self._members, self._windows, self._num_slots, self._capacity, self.max_rows,
             N=self.hidden, K=products.activated, **common, BN=columns, BK=block, num_warps=warps,
         )  # fmt: skip
-
 
     def _multiply_row(
         self, layer: int, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, output: torch.Tensor

@@ -53,16 +53,15 @@ def _weights(
         if TRANSPOSED:
             return tl.reshape(weight.load([number, at, 0, first]), [BK, SPAN])
         return tl.trans(tl.reshape(weight.load([number, 0, first, at]), [SPAN, BK]))
-    else:
-        k = at + tl.arange(0, BK)
-        beside = tl.arange(0, SPAN)
-        within = first + beside % SHARE
-        column = within + beside // SHARE * (N // PARTS)
-        own = weight + number.to(tl.int64) * (N * K)
-        pointers = own + (k[:, None] * N + column[None, :] if TRANSPOSED else column[None, :] * K + k[:, None])
-        if (K % BK == 0) & (N // PARTS % SHARE == 0):
-            return tl.load(pointers)
-        return tl.load(pointers, mask=(within < N // PARTS)[None, :] & (k < K)[:, None], other=0)
+    k = at + tl.arange(0, BK)
+    beside = tl.arange(0, SPAN)
+    within = first + beside % SHARE
+    column = within + beside // SHARE * (N // PARTS)
+    own = weight + number.to(tl.int64) * (N * K)
+    pointers = own + (k[:, None] * N + column[None, :] if TRANSPOSED else column[None, :] * K + k[:, None])
+    if (K % BK == 0) & (N // PARTS % SHARE == 0):
+        return tl.load(pointers)
+    return tl.load(pointers, mask=(within < N // PARTS)[None, :] & (k < K)[:, None], other=0)
 
 
 @triton.jit
@@ -162,10 +161,7 @@ def _contract_tile(
     start = inner + (place + row).to(tl.int64) * K
     total = tl.zeros([BM, BN], tl.float32)
     for at in range(0, K, BK):
-        if ROWS:
-            a = rows.load([place, at])
-        else:
-            a = _rows(start, row < left, at + tl.arange(0, BK), K, K % BK == 0)
+        a = rows.load([place, at]) if ROWS else _rows(start, row < left, at + tl.arange(0, BK), K, K % BK == 0)
         b = _weights(weight, number, block * BN, at, N, K, 1, BN, BK, TRANSPOSED, DESCRIBED)
         total = tl.dot(a, b, total, input_precision=PRECISION)
     column = block * BN + tl.arange(0, BN)
@@ -174,9 +170,7 @@ def _contract_tile(
         total += tl.load(bias + number * N + column, mask=inside, other=0).to(tl.float32)[None, :]
     row, real, code = _codes(index, number, capacity, pair, left, BM)
     home = _homes(code, real, results, windows, here, max_rows, N, TOP_K)
-    tl.store(
-        home[:, None] + column[None, :], total.to(results.dtype.element_ty), mask=real[:, None] & inside[None, :]
-    )
+    tl.store(home[:, None] + column[None, :], total.to(results.dtype.element_ty), mask=real[:, None] & inside[None, :])
 
 
 @triton.jit

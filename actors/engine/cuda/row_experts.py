@@ -1,8 +1,8 @@
-"""The experts of a single row that all stand on its own rank: their two products, pair by pair, and nothing around them.
+"""The experts of a single row that all stand on its own rank: their two products, and nothing around them.
 
-Where no row leaves its rank there is nobody to wait for, and nothing to sort with one row: which slots its experts stand
-in, every program reads for itself, and who has a few output columns has them of all pairs, so it sums them too. Weights
-are as in ``gemv.py``; ``table``, ``members`` and ``chosen`` as in ``route.py``.
+Where no row leaves its rank there is nobody to wait for, and with one row nothing to sort: which slots its experts
+stand in, every program reads for itself, and who has a few output columns has them of all pairs, so it sums them too.
+Weights are as in ``gemv.py``; ``table``, ``members`` and ``chosen`` as in ``route.py``.
 """
 
 # mypy: allow-untyped-defs
@@ -18,7 +18,7 @@ from actors.engine.cuda.overlap import await_previous, fetch_ahead, late, let_ne
 
 @triton.jit
 def _slots(ids, own_rows, table, members, layer, num_slots, EXPERTS: tl.constexpr, MAX_RANKS: tl.constexpr):
-    """By pair: the slot of this rank that its expert stands in, or -1. Also whether the row counts and ids are known."""
+    """By pair: the slot of this rank where its expert stands, or -1. Also whether the row counts and ids are known."""
     me = tl.load(members + 1)
     known = (ids >= 0) & (ids < EXPERTS) & (tl.load(own_rows) > 0)
     slot = tl.load(table + (layer * MAX_RANKS + me) * (EXPERTS + 1) + ids, mask=known, other=-1) - me * num_slots
@@ -78,8 +78,10 @@ def contract(
     N: tl.constexpr, K: tl.constexpr, TOP_K: tl.constexpr, EXPERTS: tl.constexpr, MAX_RANKS: tl.constexpr,
     BIASED: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """``output [1, N]``: what ``expand`` put into ``inner``, by the slots' second weights, times ``factors [1, top_k]``,
-    summed in float32. A program has ``BN`` columns."""
+    """``output [1, N]``: what ``expand`` put into ``inner``, by the slots' second weights, times ``factors``.
+
+    These are ``[1, top_k]``; sums are in float32. A program has ``BN`` columns.
+    """
     let_next_start(OVERLAP)
     pair = tl.arange(0, triton.next_power_of_2(TOP_K))
     expert = tl.load(ids + pair, mask=pair < TOP_K, other=-1).to(tl.int32)
