@@ -25,6 +25,7 @@ from cuda_experts import EXPERTS, HIDDEN, INNER, TOP_K, Gated, make, whole
 from actors.engine.attention.base import KVShape
 from actors.engine.attention.triton_paged import TritonPagedAttention
 from actors.engine.batch import Batch
+from actors.engine.cuda import attend_joint
 from actors.engine.cuda import experts as cuda_experts
 from actors.engine.cuda import router as cuda_router
 from actors.engine.cuda.inputs import StepInputs
@@ -44,14 +45,17 @@ NOW: dict[tuple[Any, str], Any] = {
     (cuda_experts, "ROW_CONTRACT"): (2, 4),
     (cuda_router, "COMPARED"): 0,
     (cuda_router, "_ROW_COLUMNS"): 4,
+    (attend_joint, "EARLY"): False,
 }
 STAYS: dict[tuple[Any, str], Any] = {(cuda_experts, "ROW_STAYS"): True}
 COMPARED: dict[tuple[Any, str], Any] = {(cuda_router, "COMPARED"): 256}
+EARLY: dict[tuple[Any, str], Any] = {(attend_joint, "EARLY"): True}
 BOTH = STAYS | COMPARED
 
 
 def ways() -> list[tuple[str, dict[tuple[Any, str], Any]]]:
-    found = [("now", NOW), ("experts in two kernels", STAYS), ("experts compared", COMPARED), ("both", BOTH)]
+    found = [("now", NOW), ("experts in two kernels", STAYS), ("experts compared", COMPARED), ("keys early", EARLY)]
+    found += [("both", BOTH), ("all three", BOTH | EARLY)]
     for most, programs in ((8, 5), (4, 8), (16, 2)):
         found.append((f"both, expand {most, programs}", BOTH | {(cuda_experts, "ROW_EXPAND"): (most, programs)}))
     for cut in ((1, 2), (4, 8), (2, 8), (1, 4)):
@@ -163,6 +167,15 @@ def check(layers: Layers) -> list[str]:
             experts.begin([1])
             experts._next = layer
             worst[stays] = max(worst[stays], error(experts.forward(layer, x, ids, weights), truth))
+    joint = random(1, (HEADS + 2 * SHARED) * WIDTH)
+    found = []
+    for attend_joint.EARLY in (False, True):
+        found.append(
+            layers.attention.attend_joint(0, joint, layers.cosine, layers.sine, layers.heads[0], SCALE, None, None)
+        )
+    lines.append(f"attention: keys early differ by {error(found[1], found[0]):.1e}")
+    if not torch.equal(*found):
+        lines.append("WRONG")
     lines.append(f"experts: error now {worst[False]:.1e}, in two kernels {worst[True]:.1e}")
     if not worst[True] < 1e-2:
         lines.append("WRONG")
@@ -234,7 +247,7 @@ def main() -> None:
                 taken, result, graph = time_of(lambda way=way: layers.run(way))  # type: ignore[misc]
                 expected = result if expected is None else expected
                 lines.append(f"{taken / layers.count:7.2f} us  {name}  (differs by {error(result, expected):.1e})")
-                if name in ("now", "both"):
+                if name in ("now", "all three"):
                     graphs[name] = graph
             except Exception as failure:
                 lines.append(f"   FAILED   {name}: {type(failure).__name__}: {str(failure.__cause__ or failure)[:150]}")

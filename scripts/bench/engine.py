@@ -54,7 +54,7 @@ def main() -> None:
     parser.add_argument("--decode", default="1,8,64,128", help="numbers of running requests")
     parser.add_argument("--requests", type=int, default=512, help="requests of the offline batch")
     parser.add_argument("--layers", type=int, default=48, help="decoder layers of the default shape")
-    parser.add_argument("--trial", default="", help="what is not built in yet: row, compared, fresh, wide")
+    parser.add_argument("--trial", default="", help="what is not built in yet: row, compared, early, fresh, wide")
     parser.add_argument("--no-graphs", action="store_true", help="every step operator by operator")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(relativeCreated)7.0f ms %(message)s")
@@ -69,10 +69,11 @@ def take(names: list[str]) -> None:
     import cuda_wide
 
     from actors.engine.attention import triton_paged
-    from actors.engine.cuda import experts, router
+    from actors.engine.cuda import attend_joint, experts, router
 
     experts.ROW_STAYS = "row" in names
     router.COMPARED = 256 if "compared" in names else 0
+    attend_joint.EARLY = "early" in names
     triton_paged.DENSE_FRESH = "fresh" in names
     if "wide" in names:
         wide = cuda_wide.multiply(cuda_wide.EXPAND[8192][1], cuda_wide.CONTRACT[8192][0])

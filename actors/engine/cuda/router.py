@@ -14,7 +14,7 @@ import triton.language as tl
 from actors.engine.cuda.elementwise import rounded
 from actors.engine.cuda.linear import FEW_ROWS, arrived_last, fetch_weights, lines_ahead, multiply_few
 from actors.engine.cuda.one_row import Row, load_columns, load_row, share, suits_row
-from actors.engine.cuda.overlap import await_previous, begin, late, launch, let_next_start
+from actors.engine.cuda.overlap import await_previous, begin, fetch_ahead, late, launch, let_next_start
 
 MAX_EXPERTS, MAX_CHOSEN = 1024, 32
 # How few rows' product is shared: experts and inner elements at a time of a program, parts of the inner axis.
@@ -184,6 +184,8 @@ def _route_row(  # type: ignore[no-untyped-def]
     let_next_start(OVERLAP)
     program = tl.program_id(0)
     column = program * COLUMNS + tl.arange(0, COLUMNS)
+    if OVERLAP and COMPARED:
+        fetch_ahead(counter_pointer + tl.arange(0, 1))
     weight = load_columns(weight_pointer, column, EXPERTS, WIDTH, ROW)
     k = tl.arange(0, ROW)
     norm = tl.load(norm_pointer + k, k < WIDTH, 0.0) if NORM else 0.0

@@ -17,11 +17,13 @@ from actors.engine.cuda.overlap import await_previous, fetch_ahead, late, let_ne
 
 
 @triton.jit
-def _slots(ids, own_rows, table, members, layer, num_slots, EXPERTS: tl.constexpr, MAX_RANKS: tl.constexpr):
-    """By pair: the slot of this rank where its expert stands, or -1. Also whether the row counts and ids are known."""
-    me = tl.load(members + 1)
-    known = (ids >= 0) & (ids < EXPERTS) & (tl.load(own_rows) > 0)
-    slot = tl.load(table + (layer * MAX_RANKS + me) * (EXPERTS + 1) + ids, mask=known, other=-1) - me * num_slots
+def _slots(ids, real, slots, first_slot, num_slots, EXPERTS: tl.constexpr):
+    """By pair: the slot of this rank where its expert stands, or -1; ``slots`` is this rank's and layer's table.
+
+    Also whether the ids are known, if this is a ``real`` row.
+    """
+    known = (ids >= 0) & (ids < EXPERTS) & real
+    slot = tl.load(slots + ids, mask=known, other=-1) - first_slot
     return tl.where(known & (slot >= 0) & (slot < num_slots), slot, -1), known
 
 
@@ -36,25 +38,20 @@ def expand(
 
     ``BN`` columns of weights give half as many. Counts in ``chosen`` and ``computed``.
     """
+    me, real = tl.load(members + 1), tl.load(own_rows) > 0
+    slots, first_slot = table + (layer * MAX_RANKS + me) * (EXPERTS + 1), me * num_slots
     if OVERLAP:
         # Long out of the cache: the last step has read it, and all weights since.
-        line = tl.minimum(tl.arange(0, triton.next_power_of_2(EXPERTS // 32 + 1)) * 32, EXPERTS)
-        fetch_ahead(table + (layer * MAX_RANKS + tl.load(members + 1)) * (EXPERTS + 1) + line)
+        fetch_ahead(slots + tl.minimum(tl.arange(0, triton.next_power_of_2(EXPERTS // 32 + 2)) * 32, EXPERTS))
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()  # ``contract`` reads what the kernel before this one wrote
-    if tl.program_id(0) == 0:
-        pair = tl.arange(0, triton.next_power_of_2(TOP_K))
-        expert = tl.load(ids + pair, mask=pair < TOP_K, other=-1).to(tl.int32)
-        slot, known = _slots(expert, own_rows, table, members, layer, num_slots, EXPERTS, MAX_RANKS)
-        tl.atomic_add(chosen + layer * EXPERTS + expert, 1, mask=known, sem="relaxed")
-        tl.store(computed, tl.load(computed) + tl.sum((slot >= 0).to(tl.int32), 0))
     WIDTH: tl.constexpr = N // 2
     SHARE: tl.constexpr = BN // 2
     columns: tl.constexpr = (WIDTH + SHARE - 1) // SHARE
     for work in range(tl.program_id(0), TOP_K * columns, tl.num_programs(0)):
         pair = work // columns
         expert = tl.load(ids + pair).to(tl.int32)
-        slot, _known = _slots(expert, own_rows, table, members, layer, num_slots, EXPERTS, MAX_RANKS)
+        slot, _known = _slots(expert, real, slots, first_slot, num_slots, EXPERTS)
         if slot >= 0:
             beside = tl.arange(0, BN)  # gates and other halves in turn
             own = beside % 2 * WIDTH + work % columns * SHARE + beside // 2
@@ -69,6 +66,12 @@ def expand(
             total = total / (1 + tl.exp(-total)) * gated
             column = work % columns * SHARE + tl.arange(0, SHARE)
             tl.store(inner + pair * WIDTH + column, total.to(inner.dtype.element_ty), mask=column < WIDTH)
+    if tl.program_id(0) == tl.num_programs(0) - 1:  # which has no more work than others, or less
+        pairs = tl.arange(0, triton.next_power_of_2(TOP_K))
+        experts = tl.load(ids + pairs, mask=pairs < TOP_K, other=-1).to(tl.int32)
+        their, known = _slots(experts, real, slots, first_slot, num_slots, EXPERTS)
+        tl.atomic_add(chosen + layer * EXPERTS + experts, 1, mask=known, sem="relaxed")
+        tl.store(computed, tl.load(computed) + tl.sum((their >= 0).to(tl.int32), 0))
 
 
 @triton.jit(do_not_specialize=["layer"])
@@ -85,7 +88,9 @@ def contract(
     let_next_start(OVERLAP)
     pair = tl.arange(0, triton.next_power_of_2(TOP_K))
     expert = tl.load(ids + pair, mask=pair < TOP_K, other=-1).to(tl.int32)
-    slot, _known = _slots(expert, own_rows, table, members, layer, num_slots, EXPERTS, MAX_RANKS)
+    me = tl.load(members + 1)
+    slots = table + (layer * MAX_RANKS + me) * (EXPERTS + 1)
+    slot, _known = _slots(expert, tl.load(own_rows) > 0, slots, me * num_slots, num_slots, EXPERTS)
     here = slot >= 0
     factor = tl.load(factors + pair, mask=here, other=0).to(tl.float32)
     column, k = tl.program_id(0) * BN + tl.arange(0, BN), tl.arange(0, BK)
