@@ -71,35 +71,45 @@ def multiply(expand: tuple[Any, ...], contract: tuple[Any, ...]) -> Callable[[An
     """What takes the place of ``CudaExperts._multiply``, with tiles as in the tables above."""
     tables: dict[tuple[Any, ...], Any] = {}
 
-    def table(tensor: torch.Tensor, parts: int, span: int, depth: int) -> Any:
+    def table(tensor: torch.Tensor, parts: int, span: int, depth: int, transposed: bool) -> Any:
         key = tensor.data_ptr(), span, depth
         if key not in tables:
-            tables[key] = described(tensor, parts, span, depth, False)
+            tables[key] = described(tensor, parts, span, depth, transposed)
         return tables[key]
 
     def run(self: Any, layer: int, hidden: torch.Tensor) -> None:
         products, slots = self._products[layer], max(1, self._num_slots)
         up, (*shape, by_descriptor, flat) = Shape(*expand), contract
-        down = Shape(*shape)
+        down, turned, gate = Shape(*shape), products.transposed, products.gate
+        tables_ = (
+            table(products.up, 2 if gate == 1 else 1, up.columns * (2 if gate else 1), up.depth, turned),
+            table(products.down, 1, down.columns, down.depth, turned),
+        )
         common = {
-            "TOP_K": self.top_k, "SLOTS": triton.next_power_of_2(slots), "TRANSPOSED": False, "DESCRIBED": True,
-            "BIASED": products.biased, "PRECISION": "tf32", **launch(self.device, len(hidden), MOST_ROWS),
+            "TOP_K": self.top_k, "SLOTS": triton.next_power_of_2(slots), "TRANSPOSED": turned,
+            "BIASED": products.biased, "PRECISION": "ieee" if self.dtype == torch.float32 else "tf32",
+            **launch(self.device, len(hidden), MOST_ROWS),
         }  # fmt: skip
+        inner = self._inner
+        if not gate:
+            inner = hidden.new_empty(max(1, sum(self._tokens) * self.top_k), products.up_columns)
         gemm_wide.expand[(self.processors * up.per_processor,)](
-            hidden, self.window.received, table(products.up, 2, 2 * up.columns, up.depth), products.up_beside,
-            self._inner, self._count, self._index, self._members, self._local, self._turn, self._computed,
+            hidden, self.window.received, tables_[0] or products.up, products.up_beside,
+            inner, self._count, self._index, self._members, self._local, self._turn, self._computed,
             layer, self._num_slots, self._capacity, self.max_rows, products.limit, products.alpha,
-            N=products.up_columns, K=self.hidden, GATE=products.gate, **common,
+            N=products.up_columns, K=self.hidden, GATE=gate, DESCRIBED=tables_[0] is not None, **common,
             BM=up.rows, BN=up.columns, BK=up.depth, HALVES=up.halves, num_warps=up.warps, num_stages=up.stages,
         )  # fmt: skip
-        inner = self._inner.view(-1, products.activated)
+        inner = (inner if gate else products.activate(inner)).view(-1, products.activated)
+        by_descriptor = by_descriptor and inner.stride(0) * inner.element_size() % 16 == 0
         rows = TensorDescriptor.from_tensor(inner, [down.rows, down.depth]) if by_descriptor else inner
         gemm_wide.contract[(self.processors * down.per_processor,)](
-            inner, rows, table(products.down, 1, down.columns, down.depth), products.down_beside,
+            inner, rows, tables_[1] or products.down, products.down_beside,
             self.window.results, self._count, self._index, self._members, self._windows,
             self._num_slots, self._capacity, self.max_rows,
-            N=self.hidden, K=products.activated, **common, BM=down.rows, BN=down.columns, BK=down.depth,
-            HALVES=down.halves, ROWS=by_descriptor, FLAT=flat, num_warps=down.warps, num_stages=down.stages,
+            N=self.hidden, K=products.activated, DESCRIBED=tables_[1] is not None, **common,
+            BM=down.rows, BN=down.columns, BK=down.depth, HALVES=down.halves, ROWS=by_descriptor, FLAT=flat,
+            num_warps=down.warps, num_stages=down.stages,
         )  # fmt: skip
 
     return run
