@@ -13,18 +13,22 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import os
+import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 import triton
+import triton.language as tl
 from ceilings import copy_bandwidth, matrix_rate
-from cuda_experts import EXPERTS, HIDDEN, INNER, TOP_K, Block, Gated, draw, error, make, repeats, whole
+from cuda_experts import EXPERTS, HIDDEN, INNER, TOP_K, Block, Gated, draw, error, make, repeats, time_of, whole
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from actors.engine.cuda import gemm_wide
 from actors.engine.cuda.experts import MOST_ROWS, CudaExperts
+from actors.engine.cuda.gemm import _find, _tiles
 from actors.engine.cuda.gemm_wide import Shape, described
 from actors.engine.cuda.overlap import launch
 from actors.engine.experts.exchange import SoloExchange
@@ -65,6 +69,53 @@ CONTRACT = {
         (16, 128, 64, 4, 4, 3, False, False, False), (16, 128, 128, 4, 3, 2, False, False, False),
     ],
 }  # fmt: skip
+SORTED = [(128, 128, 64, 8, 3, 1, False), (128, 128, 64, 8, 3, 1, True), (128, 128, 64, 8, 4, 1, True)]
+
+
+@triton.jit
+def expand_sorted(  # type: ignore[no-untyped-def]
+    rows, weight, inner, count, num_slots,
+    N: tl.constexpr, K: tl.constexpr, SLOTS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    FLAT: tl.constexpr,
+):  # fmt: skip
+    """What the first product would take if the pairs' rows stood sorted, so that the copy engine brought them too."""
+    slot, pairs, before, ends = _tiles(count, num_slots, BM, SLOTS)
+    columns: tl.constexpr = N // 2 // BN
+    for work in tl.range(tl.program_id(0), tl.max(ends, 0) * columns, tl.num_programs(0), flatten=FLAT):
+        number, block, _pair, left, place = _find(work, columns, slot, pairs, before, ends, BM)
+        total = tl.zeros([BM, 2 * BN], tl.float32)
+        for at in range(0, K, BK):
+            a = rows.load([place, at])
+            b = tl.trans(tl.reshape(weight.load([number, 0, block * BN, at]), [2 * BN, BK]))
+            total = tl.dot(a, b, total)
+        gate, other = tl.split(tl.permute(tl.reshape(total, [BM, 2, BN]), [0, 2, 1]))
+        root = tl.rsqrt(1 + tl.exp(-gate))
+        total = gate * root * (root * other)
+        row = tl.arange(0, BM)
+        there = inner + (place + row).to(tl.int64)[:, None] * (N // 2) + (block * BN + tl.arange(0, BN))[None, :]
+        tl.store(there, total.to(inner.dtype.element_ty), mask=(row < left)[:, None])
+
+
+def time_sorted(experts: CudaExperts, rows: int) -> list[str]:
+    """Microseconds of ``expand_sorted``, each slot having as many pairs, in several tiles; see there."""
+    pairs = torch.randn(rows * TOP_K, HIDDEN, dtype=torch.bfloat16, device=experts.device)
+    chosen = draw(rows, HIDDEN, torch.bfloat16, experts.device, 7)[1]
+    count = torch.bincount(chosen.reshape(-1), minlength=EXPERTS).to(torch.int32)
+    lines = []
+    for bm, bn, bk, warps, stages, per, flat in SORTED:
+        taken = []
+        for products in experts._products:
+            run = partial(
+                expand_sorted[(experts.processors * per,)],
+                TensorDescriptor.from_tensor(pairs, [bm, bk]), described(products.up, 2, 2 * bn, bk, False),
+                experts._inner, count, EXPERTS, N=2 * INNER, K=HIDDEN, SLOTS=EXPERTS,
+                BM=bm, BN=bn, BK=bk, FLAT=flat, num_warps=warps, num_stages=stages,
+            )  # fmt: skip
+            taken.append(time_of(run, 5) * 1e3)
+        us = statistics.median(taken)
+        rate = 4 * rows * TOP_K * HIDDEN * INNER / us / 1e6
+        lines.append(f"{us:8.1f} us  expand of sorted rows {bm, bn, bk, warps, stages, per, flat}  TFLOP/s {rate:4.0f}")
+    return lines
 
 
 def multiply(expand: tuple[Any, ...], contract: tuple[Any, ...]) -> Callable[[Any, int, torch.Tensor], None]:
@@ -200,6 +251,11 @@ def main() -> None:
                 torch.cuda.synchronize()
                 experts.adopt(whole(arguments.layers), SoloExchange())
             print(f"[{time.monotonic() - began:5.1f} s] {lines[-1]}", flush=True)
+        if rows >= 4096:
+            try:
+                lines += time_sorted(experts, rows)
+            except Exception as failure:
+                lines.append(f"  FAILED  sorted: {str(failure)[:150]}")
     print("\n".join(["", *lines]))
     print(
         f"copy {bandwidth / 1e12:.2f} TB/s, products {rate / 1e12:.0f} TFLOP/s, {torch.cuda.get_device_name()};"
