@@ -185,15 +185,14 @@ def setup(layers: int, rows: int) -> CudaExperts:
 
 def compile_part(sizes: list[int], part: int, parts: int) -> None:
     """Fills Triton's cache with every so-manieth way, in a process of its own."""
-    experts = setup(1, 256)
-    tensors = draw(256, HIDDEN, torch.bfloat16, torch.device("cuda"), 1)
-    everything = [way for rows in sizes for way in [*ways(rows), ("now", PRESENT)]]
-    for _, way in everything[part::parts]:
+    experts = setup(1, max(sizes))
+    everything = [(rows, way) for rows in sizes for _, way in [*ways(rows), ("now", PRESENT)]]
+    for rows, way in everything[part::parts]:
         CudaExperts._multiply = way  # type: ignore[method-assign]
-        experts.own_rows.fill_(256)
-        experts.begin([256])
+        experts.own_rows.fill_(rows)
+        experts.begin([rows])
         try:
-            experts.forward(0, *tensors)
+            experts.forward(0, *draw(rows, HIDDEN, torch.bfloat16, experts.device, 1))
         except Exception as failure:
             print(f"{failure.__cause__ or failure}"[:200], flush=True)
             experts.adopt(whole(1), SoloExchange())

@@ -198,7 +198,11 @@ class CudaSteps:
         self.model.attention = self._make_attention(self.num_kv_blocks)
         activations = self._peak(self._largest_step)
         most = self.sizes[-1] if self.sizes else 0
-        decodes = self._peak(lambda: self._rehearse(most)) + len(self.sizes) * _GRAPH_BYTES if most else 0
+        decodes = (
+            self._peak(lambda: self._rehearse(most)) + (len(self.sizes) + self._experts.row_may_stay) * _GRAPH_BYTES
+            if most
+            else 0
+        )
         del self.model.attention
         torch.cuda.empty_cache()
         free, total = torch.cuda.mem_get_info()
