@@ -240,7 +240,7 @@ def main() -> None:
                 experts.adopt(whole(arguments.layers), SoloExchange())
                 block = Block(experts, rows)
                 taken, parts = block.time(repeats(rows)), block.kernels()
-                rates = [work / parts[part] / 1e6 for part, work in (("expand", up), ("contract", down))]
+                rates = [work / max(parts[part], 1e-3) / 1e6 for part, work in (("expand", up), ("contract", down))]
                 each = "  ".join(f"{part} {us:6.1f}" for part, us in parts.items())
                 lines.append(f"{taken:8.1f} us  {each}  TFLOP/s {rates[0]:4.0f} {rates[1]:4.0f}  {off:.1e}  {name}")
                 if not off < 1e-2:
