@@ -23,6 +23,7 @@ from ceilings import copy_bandwidth
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
+from actors.engine.attention import triton_paged
 from actors.engine.attention.base import KVShape
 from actors.engine.attention.triton_paged import DENSE_ROWS, DENSE_STEP, TritonPagedAttention
 from actors.engine.batch import Batch
@@ -30,6 +31,7 @@ from actors.engine.cuda.attend_decode import decode, decode_tiles
 from actors.engine.cuda.attend_prefill import prefill, prefill_tiles
 from actors.engine.cuda.attend_tile import Tiles
 from actors.engine.cuda.inputs import StepInputs
+from actors.engine.cuda.rotary import Heads
 from actors.engine.steps import rehearsal
 
 HEADS, KV_HEADS, WIDTH, LAYERS, BLOCK = 32, 4, 128, 48, 16
@@ -278,6 +280,11 @@ def time_prefills(sweep: bool) -> list[str]:
         ways: dict[str, Callable[[], object]] = {
             "as the class does it": partial(rig.attention.attend, 0, query, SCALE, None, None)
         }
+        if not start:
+            ways |= {
+                f"from joint heads on, {name}": partial(from_joint, rig, joint_heads(count * rows), fresh)
+                for name, fresh in (("gathered", False), ("as made", True))
+            }
         for tiles in [own, *(PREFILL_SWEEP if sweep and rows >= 1024 else [])]:
             ways[f"Triton {tuple(tiles)}"] = partial(
                 prefill, query, *pools, inputs.tables, inputs.starts, inputs.lengths, range(count), count * rows, out,
@@ -297,6 +304,20 @@ def time_prefills(sweep: bool) -> list[str]:
             way = partial(sdpa, *part, rows - DENSE_STEP, SDPBackend.CUDNN_ATTENTION)
             lines.append(f"    {'cuDNN, a shape new to it':28} {timed(way, (rows - DENSE_STEP) ** 2 / 2)}")
     return lines
+
+
+def joint_heads(rows: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Heads]:
+    """A joint projection, cosines and sines, and what the heads are like, as Qwen3 has them."""
+    angle = (torch.rand(rows, WIDTH // 2, device=DEVICE) * 6).repeat(1, 2)
+    joint = torch.randn(rows, (HEADS + 2 * KV_HEADS) * WIDTH, device=DEVICE, dtype=torch.bfloat16)
+    norms = [torch.ones(WIDTH, device=DEVICE, dtype=torch.bfloat16) for _ in range(2)]
+    heads = Heads(HEADS, KV_HEADS, WIDTH, WIDTH, *norms, 1e-6)
+    return joint, angle.cos().to(joint.dtype), angle.sin().to(joint.dtype), heads
+
+
+def from_joint(rig: Rig, parts: tuple[torch.Tensor, torch.Tensor, torch.Tensor, Heads], fresh: bool) -> torch.Tensor:
+    triton_paged.DENSE_FRESH = fresh
+    return rig.attention.attend_joint(0, *parts, SCALE, None, None)
 
 
 def timed(way: Callable[[], object], pairs: float) -> str:
@@ -350,8 +371,16 @@ def main() -> None:
                 error = check(case, [600, 33, 2, 257, 1030, 64, 16])
                 lines.append(f"right: {case.name}, {case.dtype}: relative error {error:.1e}")
                 print(lines[-1], f"({time.perf_counter() - began:.0f} s)", flush=True)
-            error = check(CASES[0], [100, 2150, 4298, 40])  # long enough for torch's attention, and padded for it
-            lines.append(f"right: long prompts: relative error {error:.1e}")
+            for fresh in (False, True):
+                triton_paged.DENSE_FRESH = fresh
+                error = check(CASES[0], [100, 2150, 4298, 40])  # long enough for torch's attention, and padded for it
+                lines.append(f"right: long prompts: relative error {error:.1e}")
+            joint = joint_heads(8192)
+            rig = Rig(QWEN, [8192])
+            rig.begin([(0, 0, 8192)])
+            gathered, made = (from_joint(rig, joint, fresh).double() for fresh in (False, True))
+            error = ((gathered - made).norm() / gathered.norm()).item()
+            lines.append(f"{'right' if error < 1e-3 else 'WRONG'}: as made beside gathered: {error:.1e}")
         if "decode" in parts:
             bandwidth = copy_bandwidth()
             lines += time_decodes(sweep, bandwidth)

@@ -15,13 +15,15 @@ from actors.engine.cuda.attend_joint import decode_joint
 from actors.engine.cuda.attend_prefill import prefill
 from actors.engine.cuda.inputs import Chunk, StepInputs
 from actors.engine.cuda.paged import store
-from actors.engine.cuda.rotary import Heads, split_and_rotate
+from actors.engine.cuda.rotary import Heads, split_and_keep, split_and_rotate
 
 # Programs of a decode kernel that keep a GPU busy: two per multiprocessor of an H100.
 PROGRAMS = 264
 # A whole prompt of this many rows or more goes to torch's attention, padded to a multiple of DENSE_STEP because cuDNN
 # makes a plan for every shape it meets.
 DENSE_ROWS, DENSE_STEP = 4096, 256
+# Whether such a prompt's keys and values are taken as they were made, not gathered from the pools.
+DENSE_FRESH = False
 DENSE_BACKENDS = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION]
 
 
@@ -78,7 +80,7 @@ class TritonPagedAttention:
     ) -> torch.Tensor:
         """``forward`` with ``[T, heads, width]`` tensors, of any strides, and ``[T, heads, value_width]`` as result."""
         store(key, value, self._inputs.targets, self.keys[layer], self.values[layer])
-        return self.attend(layer, query, scaling, window, sinks)
+        return self.attend(layer, query, scaling, window, sinks, (key, value) if DENSE_FRESH else None)
 
     def attend_joint(
         self,
@@ -102,22 +104,41 @@ class TritonPagedAttention:
                 scaling, window, sinks, self._splits(1, heads.shared), self._arrivals,
             )  # fmt: skip
             return out
+        plain = window is None and sinks is None and self._plain(keys.shape[3], values.shape[3])
+        if DENSE_FRESH and plain and any(map(self._whole, inputs.chunks)):
+            parts = split_and_keep(joint, cosine, sine, heads)
+            return self.store_and_attend(layer, *parts, scaling, window, sinks)
         query = split_and_rotate(joint, cosine, sine, heads, keys, values, inputs.targets)
         return self.attend(layer, query, scaling, window, sinks)
 
     def attend(
-        self, layer: int, query: torch.Tensor, scaling: float, window: int | None, sinks: torch.Tensor | None
+        self,
+        layer: int,
+        query: torch.Tensor,
+        scaling: float,
+        window: int | None,
+        sinks: torch.Tensor | None,
+        new: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> torch.Tensor:
-        """``query [T, heads, key_width]`` to ``[T, heads, value_width]``; this step's keys and values are stored."""
+        """``query [T, heads, key_width]`` to ``[T, heads, value_width]``; this step's keys and values are stored.
+
+        ``new`` are those keys and values ``[T, kv_heads, .]``, if they stand together.
+        """
         inputs, keys, values = self._inputs, self.keys[layer], self.values[layer]
         decodes, chunks = inputs.decodes, inputs.chunks
         plain = window is None and sinks is None and self._plain(keys.shape[3], values.shape[3])
 
         def dense(chunk: Chunk) -> bool:
-            return plain and chunk.start == 0 and chunk.count >= DENSE_ROWS
+            return plain and self._whole(chunk)
+
+        def prompt(chunk: Chunk) -> torch.Tensor:
+            span = slice(chunk.first, chunk.first + chunk.count)
+            if new is None:
+                return self._dense(chunk, query[span], keys, values, scaling)
+            return self._causal(query[span], new[0][span], new[1][span], scaling)
 
         if chunks and chunks[0].count == len(query) and dense(chunks[0]):
-            return self._dense(chunks[0], query, keys, values, scaling)
+            return prompt(chunks[0])
         out = query.new_empty(len(query), query.shape[1], values.shape[3])
         if decodes:
             decode(
@@ -128,8 +149,7 @@ class TritonPagedAttention:
             members = list(run)
             if whole:
                 for chunk in members:
-                    span = slice(chunk.first, chunk.first + chunk.count)
-                    out[span] = self._dense(chunk, query[span], keys, values, scaling)
+                    out[chunk.first : chunk.first + chunk.count] = prompt(chunk)
             else:
                 sequences = range(members[0].sequence, members[-1].sequence + 1)
                 rows = sum(chunk.count for chunk in members)
@@ -152,6 +172,23 @@ class TritonPagedAttention:
         """Whether torch has a fast attention for these: cuDNN's or FlashAttention's."""
         fits = key_width == value_width and key_width % 8 == 0 and key_width <= 256
         return fits and self.dtype != torch.float32 and self.device.type == "cuda"
+
+    def _whole(self, chunk: Chunk) -> bool:
+        return chunk.start == 0 and chunk.count >= DENSE_ROWS
+
+    def _causal(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float) -> torch.Tensor:
+        """A whole prompt by torch: ``query [n, heads, w]``, ``key`` and ``value [n, kv_heads, w]``, to its shape."""
+        count = len(query)
+        rest = -count % DENSE_STEP
+        parts = [query, key, value]
+        if rest:
+            parts = [torch.cat([part, part.new_zeros(rest, *part.shape[1:])]) for part in parts]
+        query, key, value = (part.transpose(0, 1)[None] for part in parts)
+        with sdpa_kernel(DENSE_BACKENDS, set_priority=True):
+            result = scaled_dot_product_attention(
+                query, key, value, is_causal=True, scale=scaling, enable_gqa=query.shape[1] > key.shape[1]
+            )
+        return result[0].transpose(0, 1)[:count]
 
     def _dense(
         self, chunk: Chunk, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scaling: float

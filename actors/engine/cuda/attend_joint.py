@@ -11,11 +11,14 @@ import triton
 import triton.language as tl
 
 from actors.engine.cuda.attend_decode import MAX_GROUP, combine
-from actors.engine.cuda.attend_tile import LOG2E, Tiles, attend_tile, finish, precision
+from actors.engine.cuda.attend_tile import LOG2E, Tiles, attend_tile, finish, load_part, precision, weigh
 from actors.engine.cuda.elementwise import rounded
-from actors.engine.cuda.overlap import await_previous, fetch_ahead, launch, let_next_start
+from actors.engine.cuda.overlap import await_previous, fetch_ahead, late, launch, let_next_start
 from actors.engine.cuda.paged import pool_rows, power
 from actors.engine.cuda.rotary import Heads, partner, rotated, scaled
+
+# Whether a program's first tile comes to registers before the kernel's turn.
+EARLY = False
 
 
 @triton.jit
@@ -47,7 +50,7 @@ def _decode(  # type: ignore[no-untyped-def]
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, WIDTH: tl.constexpr, ROTATED: tl.constexpr, ANGLES: tl.constexpr,
     NORM: tl.constexpr, ROUND_BEFORE_SCALE: tl.constexpr, PAGE: tl.constexpr, UNROLL: tl.constexpr,
     G: tl.constexpr, M: tl.constexpr, N: tl.constexpr, D: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
-    OVERLAP: tl.constexpr,
+    EARLY: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     let_next_start(OVERLAP)
     split, head, sequence = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -64,17 +67,37 @@ def _decode(  # type: ignore[no-untyped-def]
     begin = base + split * share
     end = tl.minimum(begin + share, length - 1)  # the new token is not read
     table = tables + sequence * table_row
+    # What earlier steps left in the pools stands there before this kernel's turn. A request is for 32 bytes.
+    tokens = begin + tl.arange(0, N)
+    read = (tokens >= low) & (tokens < end)
+    rows = pool_rows(tl.load(table + tokens // PAGE, mask=read, other=0), tokens % PAGE, head, KV_HEADS, PAGE)[:, None]
+    if EARLY:
+        first_key = load_part(keys, rows, read, WIDTH, D, True)
+        first_value = load_part(values, rows, read, WIDTH, D, True)
     if OVERLAP:
-        # What earlier steps left in the pools stands there before this kernel's turn. A request is for 32 bytes.
-        tokens = begin + tl.arange(0, 2 * N)
-        there = (tokens >= low) & (tokens < end)
-        blocks = tl.load(table + tokens // PAGE, mask=there, other=0)
-        rows = pool_rows(blocks, tl.where(there, tokens % PAGE, 0), head, KV_HEADS, PAGE)[:, None] * WIDTH
+        ahead = begin + tl.arange(0, 2 * N)
+        there = (ahead >= low) & (ahead < end)
+        blocks = tl.load(table + ahead // PAGE, mask=there, other=0)
+        lines = pool_rows(blocks, tl.where(there, ahead % PAGE, 0), head, KV_HEADS, PAGE)[:, None] * WIDTH
         sector: tl.constexpr = 256 // keys.dtype.element_ty.primitive_bitwidth
         sectors = tl.minimum(tl.arange(0, D // sector) * sector, WIDTH - 1)[None, :]
-        fetch_ahead(keys + rows + sectors)
-        fetch_ahead(values + rows + sectors)
+        fetch_ahead(keys + lines + sectors)
+        fetch_ahead(values + lines + sectors)
+        if EARLY:  # since the last step, or layer, many weights have been through the cache
+            column = tl.minimum(tl.arange(0, D), WIDTH - 1)
+            if NORM:
+                fetch_ahead(query_norm + column)
+                fetch_ahead(key_norm + column)
+            angle = sequence.to(tl.int64) * angle_row + tl.minimum(column, ANGLES - 1)
+            fetch_ahead(cosine + angle)
+            fetch_ahead(sine + angle)
+            fetch_ahead(arrivals + sequence * KV_HEADS + head + tl.arange(0, 1))
     await_previous(OVERLAP)
+    if EARLY:
+        first_key, first_value = late(first_key, OVERLAP), late(first_value, OVERLAP)
+    else:
+        first_key = load_part(keys, rows, read, WIDTH, D, True)
+        first_value = load_part(values, rows, read, WIDTH, D, True)
 
     dtype = joint.dtype.element_ty
     members, d = tl.arange(0, M), tl.arange(0, D)
@@ -95,8 +118,11 @@ def _decode(  # type: ignore[no-untyped-def]
         rest = window - 1
     peak = tl.full([M], float("-inf"), tl.float32)
     total = tl.zeros([M], tl.float32)
-    result = tl.zeros([M, D], tl.float32)
-    for first in tl.range(begin, end, N, num_stages=STAGES):
+    peak, total, weights, _shrink = weigh(
+        q, first_key, tokens, position, rest, scale, peak, total, True, PRECISION
+    )  # fmt: skip
+    result = tl.dot(weights.to(dtype), first_value, input_precision=PRECISION)
+    for first in tl.range(begin + N, end, N, num_stages=STAGES):
         peak, total, result = attend_tile(
             q, keys, values, table, head, first, low, length - 1, position, rest, scale, peak, total, result,
             KV_HEADS, WIDTH, WIDTH, PAGE, N, D, D, True, PRECISION,
@@ -189,6 +215,6 @@ def decode_joint(
         KV_HEADS=kv_heads, GROUP=group, WIDTH=width, ROTATED=heads.rotated, ANGLES=cosine.shape[-1],
         NORM=heads.query_norm is not None, ROUND_BEFORE_SCALE=heads.round_before_scale, PAGE=page,
         UNROLL=max(1, min(16, 16384 // (members * padded))), G=members, M=tiles.rows, N=tiles.tokens, D=padded,
-        STAGES=tiles.stages, PRECISION=precision(joint.dtype),
+        STAGES=tiles.stages, PRECISION=precision(joint.dtype), EARLY=EARLY,
         num_warps=tiles.warps, **launch(joint.device, count),
     )  # fmt: skip

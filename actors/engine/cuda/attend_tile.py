@@ -31,6 +31,38 @@ def precision(dtype: torch.dtype) -> str:
 
 
 @triton.jit
+def load_part(pool, rows, read, WIDTH: tl.constexpr, D: tl.constexpr, MASKED: tl.constexpr):  # type: ignore[no-untyped-def]
+    """``[N, D]``: a pool's ``rows [N, 1]``, zeros beyond ``WIDTH``; with MASKED those that are to be ``read``."""
+    d = tl.arange(0, D)[None, :]
+    if MASKED:
+        return tl.load(pool + rows * WIDTH + d, mask=read[:, None] & (d < WIDTH), other=0.0)
+    if D == WIDTH:
+        return tl.load(pool + rows * WIDTH + d)
+    return tl.load(pool + rows * WIDTH + d, mask=d < WIDTH, other=0.0)
+
+
+@triton.jit
+def weigh(  # type: ignore[no-untyped-def]
+    q, key, tokens, position, window, scale, peak, total, MASKED: tl.constexpr, PRECISION: tl.constexpr
+):
+    """Of ``key [N, KD]``: ``peak`` and ``total`` with these tokens, their weights ``[M, N]``, and by what the result so
+    far shrinks; see ``attend_tile``."""
+    scores = tl.dot(q, tl.trans(key), input_precision=PRECISION)
+    if MASKED:
+        visible = tokens[None, :] <= position[:, None]
+        if window is not None:
+            visible = visible & (tokens[None, :] > position[:, None] - window)
+        scores = tl.where(visible, scores, float("-inf"))
+    higher = tl.maximum(peak, tl.max(scores, 1) * scale)
+    origin = higher
+    if MASKED:  # a row may see nothing of its first tiles
+        origin = tl.where(higher == float("-inf"), 0.0, higher)
+    weights = tl.exp2(scores * scale - origin[:, None])
+    shrink = tl.exp2(peak - origin)
+    return higher, total * shrink + tl.sum(weights, 1), weights, shrink
+
+
+@triton.jit
 def attend_tile(  # type: ignore[no-untyped-def]
     q,
     keys,
@@ -62,40 +94,14 @@ def attend_tile(  # type: ignore[no-untyped-def]
     tokens outside ``low .. high - 1`` nothing is read, whatever stands there. Without MASKED all rows see all tokens.
     """
     tokens = first + tl.arange(0, N)
-    k, v = tl.arange(0, KD)[None, :], tl.arange(0, VD)[None, :]
-    if MASKED:
-        read = (tokens >= low) & (tokens < high)
-        blocks = tl.load(table + tokens // PAGE, mask=read, other=0)
-    else:
-        blocks = tl.load(table + tokens // PAGE)
+    read = (tokens >= low) & (tokens < high)
+    blocks = tl.load(table + tokens // PAGE, mask=read, other=0) if MASKED else tl.load(table + tokens // PAGE)
     rows = pool_rows(blocks, tokens % PAGE, head, KV_HEADS, PAGE)[:, None]
-    if MASKED:
-        key = tl.load(keys + rows * KEY_WIDTH + k, mask=read[:, None] & (k < KEY_WIDTH), other=0.0)
-    elif KD == KEY_WIDTH:
-        key = tl.load(keys + rows * KEY_WIDTH + k)
-    else:
-        key = tl.load(keys + rows * KEY_WIDTH + k, mask=k < KEY_WIDTH, other=0.0)
-    scores = tl.dot(q, tl.trans(key), input_precision=PRECISION)
-    if MASKED:
-        visible = tokens[None, :] <= position[:, None]
-        if window is not None:
-            visible = visible & (tokens[None, :] > position[:, None] - window)
-        scores = tl.where(visible, scores, float("-inf"))
-    higher = tl.maximum(peak, tl.max(scores, 1) * scale)
-    origin = higher
-    if MASKED and window is not None:  # a row may see nothing of its first tiles
-        origin = tl.where(higher == float("-inf"), 0.0, higher)
-    weights = tl.exp2(scores * scale - origin[:, None])
-    shrink = tl.exp2(peak - origin)
-    total = total * shrink + tl.sum(weights, 1)
-    if MASKED:
-        value = tl.load(values + rows * VALUE_WIDTH + v, mask=read[:, None] & (v < VALUE_WIDTH), other=0.0)
-    elif VD == VALUE_WIDTH:
-        value = tl.load(values + rows * VALUE_WIDTH + v)
-    else:
-        value = tl.load(values + rows * VALUE_WIDTH + v, mask=v < VALUE_WIDTH, other=0.0)
+    key = load_part(keys, rows, read, KEY_WIDTH, KD, MASKED)
+    peak, total, weights, shrink = weigh(q, key, tokens, position, window, scale, peak, total, MASKED, PRECISION)
+    value = load_part(values, rows, read, VALUE_WIDTH, VD, MASKED)
     result = tl.dot(weights.to(value.dtype), value, result * shrink[:, None], input_precision=PRECISION)
-    return higher, total, result
+    return peak, total, result
 
 
 @triton.jit

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import triton
 
-from actors.engine.cuda import fp8, gemm, gemv, route
+from actors.engine.cuda import fp8, gemm, gemv, route, row_experts
 from actors.engine.cuda.one_row import share, suits_row
 from actors.engine.cuda.overlap import launch
 from actors.engine.cuda.peers import CudaPeers
@@ -34,6 +34,10 @@ MOST_ROWS = 16
 # Of the products pair by pair: columns of a program, at most, and programs per multiprocessor. As measured on an H100
 # with the sizes of Qwen3-30B-A3B, 2026-11-25.
 _EXPAND, _CONTRACT = (8, 4), (16, 5)
+# The same where one row stays here: columns and programs per multiprocessor; columns and warps.
+ROW_EXPAND, ROW_CONTRACT = (8, 4), (2, 4)
+# Whether a row that stays here takes two kernels.
+ROW_STAYS = False
 
 
 class CudaExperts:
@@ -79,6 +83,7 @@ class CudaExperts:
         # A rank by itself may send all of a token's pairs to one slot (Routing.alone), a group only one of them.
         self._capacity = max_rows * max(max_ranks, top_k)
         self._products = [_Products(layer.module) for layer in self.layers]
+        self._pairwise = any(products.pairwise for products in self._products)
 
         def integers(*size: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
             return torch.zeros(*size, dtype=dtype, device=device)
@@ -99,6 +104,7 @@ class CudaExperts:
         self._inner = torch.empty(max_rows * max_ranks * top_k * width, dtype=dtype, device=device)
         self._next = count
         self.most_rows = 0
+        self.row_stays = False
         self.exchange: Exchange = SoloExchange()
 
     @property
@@ -109,7 +115,12 @@ class CudaExperts:
     @property
     def pairwise(self) -> bool:
         """Whether a step in which no rank has more than one row has products of its own here."""
-        return any(products.pairwise for products in self._products)
+        return self._pairwise
+
+    @property
+    def row_may_stay(self) -> bool:
+        """Whether a step of one row that stays here has kernels of its own; ``row_stays``: this step is one."""
+        return ROW_STAYS and self._pairwise
 
     @property
     def computed(self) -> int:
@@ -162,8 +173,11 @@ class CudaExperts:
         for left in (self._void, self._count, self._arrived):
             left.zero_()
 
-    def begin(self, tokens_per_rank: Sequence[int]) -> None:
+    def begin(self, tokens_per_rank: Sequence[int], stays: bool = True) -> None:
         """Start a step in which rank index ``i`` has ``tokens_per_rank[i]`` tokens, rows of padding not counted.
+
+        With ``stays`` a step of one row may be computed in a way that is right only while no row leaves this rank,
+        where that is so now: a graph of it is good for such steps only.
 
         Raises ValueError when list, exchange and expert map are not of one number of ranks, and for too many tokens.
         """
@@ -178,6 +192,7 @@ class CudaExperts:
             )
         self._tokens = list(tokens_per_rank)
         self.most_rows = max(self._tokens)
+        self.row_stays = self.row_may_stay and stays and self.most_rows == 1 and all(self.routing.local)
         self._next = 0
 
     def forward(self, layer: int, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
@@ -216,9 +231,12 @@ class CudaExperts:
     def _run(self, layer: int, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         try:
             output = torch.empty_like(hidden)
-            self._dispatch(layer, hidden, ids)
-            self._multiply(layer, hidden)
-            self._combine(layer, ids, weights, output)
+            if self.row_stays and self._products[layer].pairwise and len(hidden) == 1:
+                self._multiply_row(layer, hidden, ids, weights, output)
+            else:
+                self._dispatch(layer, hidden, ids)
+                self._multiply(layer, hidden)
+                self._combine(layer, ids, weights, output)
         except Exception as error:
             raise ExpertsBroken(f"rank index {self.rank_index} failed in the experts of MoE layer {layer}") from error
         return output
@@ -300,6 +318,30 @@ class CudaExperts:
             self._inner, products.down, products.down_beside, self.window.results, self._count, self._index,
             self._members, self._windows, self._num_slots, self._capacity, self.max_rows,
             N=self.hidden, K=products.activated, **common, BN=columns, BK=block, num_warps=warps,
+        )  # fmt: skip
+
+    def _multiply_row(
+        self, layer: int, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, output: torch.Tensor
+    ) -> None:
+        """All that a row's experts do, where it stays here."""
+        products = self._products[layer]
+        common = {
+            "TOP_K": self.top_k, "EXPERTS": self.num_experts, "MAX_RANKS": self.max_ranks, "BIASED": products.biased,
+            **launch(self.device, len(hidden), MOST_ROWS),
+        }  # fmt: skip
+        where = self.own_rows, self._table, self._members
+        block, (most, programs) = triton.next_power_of_2(self.hidden), ROW_EXPAND
+        columns, warps = share(block, most)
+        row_experts.expand[(self.processors * programs,)](
+            hidden, products.up, products.up_beside, self._inner, ids, *where, self.chosen, self._computed,
+            layer, self._num_slots, N=products.up_columns, K=self.hidden, **common, BN=columns, BK=block,
+            num_warps=warps,
+        )  # fmt: skip
+        columns, warps = ROW_CONTRACT
+        row_experts.contract[(triton.cdiv(self.hidden, columns),)](
+            self._inner, products.down, products.down_beside, ids, weights, output, *where,
+            layer, self._num_slots, N=self.hidden, K=products.activated, **common,
+            BN=columns, BK=triton.next_power_of_2(products.activated), num_warps=warps,
         )  # fmt: skip
 
 

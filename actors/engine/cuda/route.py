@@ -19,7 +19,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from actors.engine.cuda.overlap import begin, begin_in_turn
+from actors.engine.cuda.overlap import begin, begin_in_turn, fetch_ahead
 
 
 @triton.jit
@@ -58,6 +58,17 @@ def _arrived(windows, pad, kind, me, source, turn, void, MAX_RANKS: tl.constexpr
 
 
 @triton.jit
+def _fetch_tables(table, size, turn, count, num_slots, EXPERTS: tl.constexpr):
+    """Asks for the small things that a layer's kernels read: since the last step, weights pushed them out."""
+    line = tl.arange(0, triton.next_power_of_2(EXPERTS // 32 + 2)) * 32
+    for rank in range(size):
+        fetch_ahead(table + rank * (EXPERTS + 1) + tl.minimum(line, EXPERTS))
+    for first in range(0, num_slots, 32):
+        fetch_ahead(count + first + tl.arange(0, 1))
+    fetch_ahead(turn + tl.arange(0, 1))
+
+
+@triton.jit
 def _place(
     ids, chosen, slots, first_slot, num_slots, count, index, capacity, rows, first_pair,
     TOP_K: tl.constexpr, EXPERTS: tl.constexpr, OWN: tl.constexpr, BLOCK: tl.constexpr,
@@ -88,15 +99,18 @@ def dispatch(
     ``[layers, experts]``). The programs wait for peers, so all of them must be resident at once; ``arrived`` counts
     them and must be zero.
     """
+    # What no kernel changes within a step is read before this one's turn.
+    rows = tl.load(own_rows)
+    size, me = tl.load(members), tl.load(members + 1)
+    alone = tl.load(local + layer) != 0
+    here = tl.load(windows + me)
+    if OVERLAP:
+        _fetch_tables(table + layer * MAX_RANKS * (EXPERTS + 1), size, turn, count, num_slots, EXPERTS)
     if EAGER:
         begin(OVERLAP)
     else:
         begin_in_turn(OVERLAP)
-    rows = tl.load(own_rows)
-    size, me = tl.load(members), tl.load(members + 1)
-    alone = tl.load(local + layer) != 0
     now = tl.load(turn) + 1
-    here = tl.load(windows + me)
     if not alone:
         # Once the host has broken off, peers may be at something else already.
         if tl.load(_flag(windows, me, pad, 2, 0, MAX_RANKS), volatile=True) == 0:
@@ -156,23 +170,25 @@ def combine(
     Waits for the results that peers write into ``results [max_rows * k, H]``, and tells them that this rank's have
     been written by the kernel before.
     """
+    size, me = tl.load(members), tl.load(members + 1)
+    alone, real = tl.load(local + layer) != 0, tl.load(own_rows)
+    if OVERLAP:
+        _fetch_tables(table + layer * MAX_RANKS * (EXPERTS + 1), size, turn, count, num_slots, EXPERTS)
     if EAGER:
         begin(OVERLAP)
     else:
         begin_in_turn(OVERLAP)
-    size, me = tl.load(members), tl.load(members + 1)
     if tl.program_id(0) == 0:
         slot = tl.arange(0, SLOTS)
         tl.store(count + slot, 0, mask=slot < num_slots)
         tl.store(arrived, 0)
-    if tl.load(local + layer) == 0:
+    if not alone:
         now = tl.load(turn)
         if tl.program_id(0) == 0:
             _raise(windows, pad, 1, members, now, MAX_RANKS)
         for peer in range(size):
             if peer != me:
                 _arrived(windows, pad, 1, me, peer, now, void, MAX_RANKS)
-    real = tl.load(own_rows)
     slots = table + (layer * MAX_RANKS + me) * (EXPERTS + 1)
     parts: tl.constexpr = (HIDDEN + WIDTH - 1) // WIDTH
     for item in range(tl.program_id(0), rows * parts, tl.num_programs(0)):

@@ -14,13 +14,15 @@ import triton.language as tl
 from actors.engine.cuda.elementwise import rounded
 from actors.engine.cuda.linear import FEW_ROWS, arrived_last, fetch_weights, lines_ahead, multiply_few
 from actors.engine.cuda.one_row import Row, load_columns, load_row, share, suits_row
-from actors.engine.cuda.overlap import await_previous, begin, late, launch, let_next_start
+from actors.engine.cuda.overlap import await_previous, begin, fetch_ahead, late, launch, let_next_start
 
 MAX_EXPERTS, MAX_CHOSEN = 1024, 32
 # How few rows' product is shared: experts and inner elements at a time of a program, parts of the inner axis.
 _COLUMNS, _INNER, _SPLITS = 16, 256, 8
 # Experts of a program where there is one row.
 _ROW_COLUMNS = 4
+# Up to so many rows of a program times experts each is compared with each.
+COMPARED = 0
 
 
 class Choice(NamedTuple):
@@ -47,7 +49,7 @@ def _choose(  # type: ignore[no-untyped-def]
     logits, row, there, correction_pointer, weights_pointer, ids_pointer, factor,
     EXPERTS: tl.constexpr, BLOCK: tl.constexpr, TOP_K: tl.constexpr, SLOTS: tl.constexpr,
     SIGMOID: tl.constexpr, NORMALISED: tl.constexpr, CORRECTED: tl.constexpr,
-    GROUPS: tl.constexpr, KEPT_GROUPS: tl.constexpr,
+    GROUPS: tl.constexpr, KEPT_GROUPS: tl.constexpr, COMPARED: tl.constexpr,
 ):  # fmt: skip
     """``logits [ROWS, BLOCK]``, float32, of rows ``row [ROWS]``, to weights and ids of those that are ``there``."""
     expert = tl.arange(0, BLOCK)[None, :]
@@ -80,14 +82,24 @@ def _choose(  # type: ignore[no-untyped-def]
             worth = tl.where(expert == place[:, None], lowest, worth)
         ranked = tl.where(kept == 1, ranked, lowest)
     slot = tl.arange(0, SLOTS)[None, :]
-    ids = tl.zeros((logits.shape[0], SLOTS), tl.int32)
-    weights = tl.zeros((logits.shape[0], SLOTS), tl.float32)
-    for k in tl.static_range(TOP_K):
-        _best, place = tl.max(ranked, 1, return_indices=True)
-        taken = expert == place[:, None]
-        ids = tl.where(slot == k, place[:, None], ids)
-        weights = tl.where(slot == k, tl.sum(tl.where(taken, scores, 0.0), 1)[:, None], weights)
-        ranked = tl.where(taken, lowest, ranked)
+    if COMPARED:
+        # How many come before each: all at once, where one maximum after the other waits for shuffles and barriers.
+        number = tl.arange(0, BLOCK)
+        others, own = ranked[:, None, :], ranked[:, :, None]
+        first = number[None, None, :] < number[None, :, None]
+        rank = tl.sum(tl.where(first, others >= own, others > own).to(tl.int32), 2)
+        here = rank[:, :, None] == slot[:, None, :]
+        ids = tl.sum(tl.where(here, expert[:, :, None], 0), 1)
+        weights = tl.sum(tl.where(here, scores[:, :, None], 0.0), 1)
+    else:
+        ids = tl.zeros((logits.shape[0], SLOTS), tl.int32)
+        weights = tl.zeros((logits.shape[0], SLOTS), tl.float32)
+        for k in tl.static_range(TOP_K):
+            _best, place = tl.max(ranked, 1, return_indices=True)
+            taken = expert == place[:, None]
+            ids = tl.where(slot == k, place[:, None], ids)
+            weights = tl.where(slot == k, tl.sum(tl.where(taken, scores, 0.0), 1)[:, None], weights)
+            ranked = tl.where(taken, lowest, ranked)
     if NORMALISED:
         weights /= tl.sum(weights, 1)[:, None] + 1e-20  # sigmoids may all be zero
     dtype = weights_pointer.dtype.element_ty
@@ -103,7 +115,7 @@ def _route(  # type: ignore[no-untyped-def]
     logits_pointer, correction_pointer, weights_pointer, ids_pointer, factor, rows,
     ROWS: tl.constexpr, EXPERTS: tl.constexpr, BLOCK: tl.constexpr, TOP_K: tl.constexpr, SLOTS: tl.constexpr,
     SIGMOID: tl.constexpr, NORMALISED: tl.constexpr, CORRECTED: tl.constexpr,
-    GROUPS: tl.constexpr, KEPT_GROUPS: tl.constexpr, OVERLAP: tl.constexpr,
+    GROUPS: tl.constexpr, KEPT_GROUPS: tl.constexpr, COMPARED: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     begin(OVERLAP)
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -112,7 +124,7 @@ def _route(  # type: ignore[no-untyped-def]
     logits = tl.load(logits_pointer + row[:, None] * EXPERTS + expert, inside, 0.0).to(tl.float32)
     _choose(
         logits, row, row < rows, correction_pointer, weights_pointer, ids_pointer, factor,
-        EXPERTS, BLOCK, TOP_K, SLOTS, SIGMOID, NORMALISED, CORRECTED, GROUPS, KEPT_GROUPS,
+        EXPERTS, BLOCK, TOP_K, SLOTS, SIGMOID, NORMALISED, CORRECTED, GROUPS, KEPT_GROUPS, COMPARED,
     )  # fmt: skip
 
 
@@ -124,7 +136,7 @@ def _score_and_route(  # type: ignore[no-untyped-def]
     STEPS: tl.constexpr, SPLITS: tl.constexpr, ROWS: tl.constexpr,
     EXPERTS: tl.constexpr, BLOCK: tl.constexpr, TOP_K: tl.constexpr, SLOTS: tl.constexpr,
     SIGMOID: tl.constexpr, NORMALISED: tl.constexpr, CORRECTED: tl.constexpr,
-    GROUPS: tl.constexpr, KEPT_GROUPS: tl.constexpr, LINES: tl.constexpr, OVERLAP: tl.constexpr,
+    GROUPS: tl.constexpr, KEPT_GROUPS: tl.constexpr, COMPARED: tl.constexpr, LINES: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Programs share the product by expert and along the inner axis; the last to finish adds up and chooses."""
     split = tl.program_id(1)
@@ -153,7 +165,7 @@ def _score_and_route(  # type: ignore[no-untyped-def]
         tl.store(logits_pointer + row[:, None] * EXPERTS + expert, logits.to(dtype), inside)
         _choose(
             rounded(logits, dtype), row, there, correction_pointer, weights_pointer, ids_pointer, factor,
-            EXPERTS, BLOCK, TOP_K, SLOTS, SIGMOID, NORMALISED, CORRECTED, GROUPS, KEPT_GROUPS,
+            EXPERTS, BLOCK, TOP_K, SLOTS, SIGMOID, NORMALISED, CORRECTED, GROUPS, KEPT_GROUPS, COMPARED,
         )  # fmt: skip
 
 
@@ -166,12 +178,14 @@ def _route_row(  # type: ignore[no-untyped-def]
     ROUND_BEFORE_SCALE: tl.constexpr, BIAS: tl.constexpr,
     EXPERTS: tl.constexpr, BLOCK: tl.constexpr, TOP_K: tl.constexpr, SLOTS: tl.constexpr,
     SIGMOID: tl.constexpr, NORMALISED: tl.constexpr, CORRECTED: tl.constexpr,
-    GROUPS: tl.constexpr, KEPT_GROUPS: tl.constexpr, OVERLAP: tl.constexpr,
+    GROUPS: tl.constexpr, KEPT_GROUPS: tl.constexpr, COMPARED: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """As ``multiply_row`` does it; the last program to finish chooses."""
     let_next_start(OVERLAP)
     program = tl.program_id(0)
     column = program * COLUMNS + tl.arange(0, COLUMNS)
+    if OVERLAP and COMPARED:
+        fetch_ahead(counter_pointer + tl.arange(0, 1))
     weight = load_columns(weight_pointer, column, EXPERTS, WIDTH, ROW)
     k = tl.arange(0, ROW)
     norm = tl.load(norm_pointer + k, k < WIDTH, 0.0) if NORM else 0.0
@@ -193,7 +207,7 @@ def _route_row(  # type: ignore[no-untyped-def]
         row = tl.zeros([1], tl.int32)
         _choose(
             rounded(logits, dtype), row, row == 0, correction_pointer, weights_pointer, ids_pointer, factor,
-            EXPERTS, BLOCK, TOP_K, SLOTS, SIGMOID, NORMALISED, CORRECTED, GROUPS, KEPT_GROUPS,
+            EXPERTS, BLOCK, TOP_K, SLOTS, SIGMOID, NORMALISED, CORRECTED, GROUPS, KEPT_GROUPS, COMPARED,
         )  # fmt: skip
 
 
@@ -205,10 +219,11 @@ def route(logits: torch.Tensor, choice: Choice) -> tuple[torch.Tensor, torch.Ten
     rows, experts = logits.shape
     weights, ids = _room(rows, choice, logits.device)
     if rows:
-        tile = 1 if rows <= 64 else 4
+        compared = triton.next_power_of_2(experts) <= COMPARED
+        tile = 1 if rows <= 64 or compared else 4
         _route[(triton.cdiv(rows, tile),)](
             logits, logits if choice.correction is None else choice.correction, weights, ids, choice.factor, rows,
-            ROWS=tile, **_constants(choice, experts), num_warps=1 if experts <= 256 else 4,
+            ROWS=tile, **_constants(choice, experts, tile), num_warps=1 if experts <= 256 and not compared else 4,
             **launch(logits.device, rows),
         )  # fmt: skip
     return weights, ids
@@ -219,7 +234,7 @@ def _room(rows: int, choice: Choice, device: torch.device) -> tuple[torch.Tensor
     return weights, torch.empty(rows, choice.top_k, dtype=torch.int64, device=device)
 
 
-def _constants(choice: Choice, experts: int) -> dict[str, Any]:
+def _constants(choice: Choice, experts: int, rows: int) -> dict[str, Any]:
     return {
         "EXPERTS": experts,
         "BLOCK": triton.next_power_of_2(experts),
@@ -230,6 +245,7 @@ def _constants(choice: Choice, experts: int) -> dict[str, Any]:
         "CORRECTED": choice.correction is not None,
         "GROUPS": choice.groups,
         "KEPT_GROUPS": choice.kept_groups,
+        "COMPARED": rows * triton.next_power_of_2(experts) <= COMPARED,
     }
 
 
@@ -268,18 +284,20 @@ class Router:
         weights, ids = _room(1, choice, x.device)
         block = triton.next_power_of_2(width)
         columns, warps = share(block, _ROW_COLUMNS)
+        warps = max(warps, 4) if triton.next_power_of_2(experts) <= COMPARED else warps
         _route_row[(triton.cdiv(experts, columns),)](
             x, x if row.delta is None else row.delta, x if row.norm is None else row.norm, total, normed,
             self.weight, self.weight if self.bias is None else self.bias, scores, self._counter, logits,
             logits if choice.correction is None else choice.correction, weights, ids, row.epsilon, choice.factor,
             WIDTH=width, ROW=block, COLUMNS=columns, ADD=row.delta is not None, NORM=row.norm is not None,
             ROUND_BEFORE_SCALE=row.round_before_scale, BIAS=self.bias is not None,
-            **_constants(choice, experts), num_warps=warps, **launch(x.device, 1),
+            **_constants(choice, experts, 1), num_warps=warps, **launch(x.device, 1),
         )  # fmt: skip
         return total, normed, (logits, weights, ids)
 
     def _few(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         (rows, inner), experts, choice = x.shape, len(self.weight), self.choice
+        tile = 1 if rows == 1 else 4 if rows <= 4 else FEW_ROWS
         dtype, steps = torch.float32 if self.wide else x.dtype, triton.cdiv(inner, _SPLITS * _INNER)
         logits = torch.empty(rows, experts, dtype=dtype, device=x.device)
         parts = torch.empty(_SPLITS, rows, experts, dtype=torch.float32, device=x.device)
@@ -289,7 +307,6 @@ class Router:
             logits if choice.correction is None else choice.correction, weights, ids, choice.factor, rows,
             WIDTH=inner, BIAS=self.bias is not None, TILE=FEW_ROWS, COLUMNS=_COLUMNS, INNER=_INNER,
             STEPS=steps, SPLITS=_SPLITS, LINES=lines_ahead(self.weight, steps * _INNER),
-            ROWS=1 if rows == 1 else 4 if rows <= 4 else FEW_ROWS,
-            **_constants(choice, experts), num_warps=4, **launch(x.device, rows),
+            ROWS=tile, **_constants(choice, experts, tile), num_warps=4, **launch(x.device, rows),
         )  # fmt: skip
         return logits, weights, ids
