@@ -51,17 +51,21 @@ def _weights(
     SHARE: tl.constexpr = SPAN // PARTS
     if DESCRIBED:
         if TRANSPOSED:
-            return tl.reshape(weight.load([number, at, 0, first]), [BK, SPAN])
-        return tl.trans(tl.reshape(weight.load([number, 0, first, at]), [SPAN, BK]))
-    k = at + tl.arange(0, BK)
-    beside = tl.arange(0, SPAN)
-    within = first + beside % SHARE
-    column = within + beside // SHARE * (N // PARTS)
-    own = weight + number.to(tl.int64) * (N * K)
-    pointers = own + (k[:, None] * N + column[None, :] if TRANSPOSED else column[None, :] * K + k[:, None])
-    if (K % BK == 0) & (N // PARTS % SHARE == 0):
-        return tl.load(pointers)
-    return tl.load(pointers, mask=(within < N // PARTS)[None, :] & (k < K)[:, None], other=0)
+            tile = tl.reshape(weight.load([number, at, 0, first]), [BK, SPAN])
+        else:
+            tile = tl.trans(tl.reshape(weight.load([number, 0, first, at]), [SPAN, BK]))
+    else:
+        k = at + tl.arange(0, BK)
+        beside = tl.arange(0, SPAN)
+        within = first + beside % SHARE
+        column = within + beside // SHARE * (N // PARTS)
+        own = weight + number.to(tl.int64) * (N * K)
+        pointers = own + (k[:, None] * N + column[None, :] if TRANSPOSED else column[None, :] * K + k[:, None])
+        if (K % BK == 0) & (N // PARTS % SHARE == 0):
+            tile = tl.load(pointers)
+        else:
+            tile = tl.load(pointers, mask=(within < N // PARTS)[None, :] & (k < K)[:, None], other=0)
+    return tile
 
 
 @triton.jit
