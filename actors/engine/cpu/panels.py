@@ -25,7 +25,7 @@ from numba.core.cgutils import get_or_insert_function
 from numba.core.registry import cpu_target
 from numba.extending import intrinsic
 
-from actors.engine.cpu import amx, threads
+from actors.engine.cpu import amx, pages, threads
 
 if amx.available():  # compiled by its import, before the first request
     from actors.engine.cpu import tiles
@@ -41,16 +41,16 @@ ROWS = 12 if "+avx512f" in _FEATURES or not _X86 else 6
 """Most rows of a tile: its sums take 24 of 32 vector registers, or 12 of 16."""
 _SIZE = 4  # bytes of a float32
 _ROW = COLUMNS * _SIZE  # of a panel
-# Steps along ``in`` summed on their own: that much of a panel stays in cache from one tile to the next, and rounding
-# errors grow with the length of a sum.
-_DEEPEST = 512
+# Steps along ``in`` summed on their own: that much of a panel stays in the first cache from one tile to the next, and
+# rounding errors grow with the length of a sum.
+_DEEPEST = 256
 # Rows of x that all panels of a task serve before the next ones come: they stay in the second cache meanwhile.
 _BLOCK = 4 * ROWS
 # Rows of x a multiple of this apart would share a few lines of the first cache, so they are moved apart.
 _PAGE = 4096
-# How far ahead, in bytes, a tile asks for weights, into the second cache. From 4 KiB up it matters little how far; with
-# it 8 rows take two thirds of the time they take without.
-_AHEAD = 16384
+# How far ahead, in bytes, weights are asked for, into the second cache. The tiles that share a part of a panel each ask
+# for their share of the next: with it all asked for by the first, the others would leave the memory idle.
+_AHEAD = _DEEPEST * _ROW
 _LINE = 64
 # Rows of a group from which the matrix units are faster, where there are such.
 _MANY = 64
@@ -61,14 +61,15 @@ _VECTOR = ir.VectorType(_FLOAT, _LANES)
 
 
 def _write_tile(module: ir.Module, rows: int) -> ir.Function:
-    """``void(panel, depth, x, x_step, out, out_step, start, start_step)``: ``out = start + x @ panel``.
+    """``void(panel, depth, x, x_step, out, out_step, start, start_step, ahead, ahead_step)``: ``out = start + x @ panel``.
 
-    These are addresses, and the bytes from one row to the next; ``depth`` is at least 1.
+    These are addresses, and the bytes from one row to the next; ``depth`` is at least 1. For each row of the panel,
+    ``ahead_step`` bytes, up to two lines, are asked for from ``ahead`` on.
     """
-    function = ir.Function(module, ir.FunctionType(ir.VoidType(), [_INT] * 8), f"accordion_tile_{rows}")
+    function = ir.Function(module, ir.FunctionType(ir.VoidType(), [_INT] * 10), f"accordion_tile_{rows}")
     function.linkage = "internal"
     function.attributes.add("noinline")
-    panel, depth, x, x_step, out, out_step, start, start_step = function.args
+    panel, depth, x, x_step, out, out_step, start, start_step, ahead, ahead_step = function.args
     entry, loop, end = (function.append_basic_block() for _ in range(3))
     builder = ir.IRBuilder(entry)
 
@@ -99,9 +100,9 @@ def _write_tile(module: ir.Module, rows: int) -> ir.Function:
     sums = [[builder.phi(_VECTOR) for _ in range(2)] for _ in range(rows)]
     place = builder.add(panel, builder.mul(index, _INT(_ROW)))
     weights = load(place)
+    wanted = builder.add(ahead, builder.mul(index, ahead_step))
     for line in range(0, _ROW, _LINE):
-        address = at(place, _INT(_AHEAD + line), byte)
-        builder.call(prefetch, [address, small(0), small(2), small(1)])  # to read, near, as data
+        builder.call(prefetch, [at(wanted, _INT(line), byte), small(0), small(2), small(1)])  # to read, near, as data
     results = []
     for source, so_far in zip(sources, sums, strict=True):
         scalar = builder.load(at(source, builder.mul(index, _INT(_SIZE)), _FLOAT), align=_SIZE)
@@ -139,6 +140,8 @@ def _tile(
     out_step: Any,
     start: Any,
     start_step: Any,
+    ahead: Any,
+    ahead_step: Any,
 ) -> Any:
     """The tile of ``rows`` (1 to ROWS) rows; the other arguments are those of ``_write_tile``."""
 
@@ -153,7 +156,7 @@ def _tile(
             builder.branch(end)
         builder.position_at_end(end)
 
-    return types.void(*[types.int64] * 9), generate
+    return types.void(*[types.int64] * 11), generate
 
 
 @cfunc("void(CPointer(int64))", error_model="numpy", cache=True)
@@ -178,22 +181,27 @@ def _multiply(task):  # type: ignore[no-untyped-def]
                 place = weight * per_weight + panel
                 bias = biases + place * _ROW
                 for below in range(0, depth, _DEEPEST):
-                    row = low
+                    row, deep = low, min(_DEEPEST, depth - below)
+                    weights = panels + (place * depth + below) * _ROW
+                    ahead = weights + _AHEAD
                     for number in range(1, tiles + 1):
                         following = low + (high - low) * number // tiles  # blocks and tiles as even as can be
                         target = out + row * out_step + panel * _ROW
                         _tile(
                             following - row,
-                            panels + (place * depth + below) * _ROW,
-                            min(_DEEPEST, depth - below),
+                            weights,
+                            deep,
                             x + row * x_step + below * _SIZE,
                             x_step,
                             target,
                             out_step,
                             target if below else bias,
                             out_step if below else 0,
+                            ahead,
+                            _ROW // tiles,
                         )
                         row = following
+                        ahead += _ROW // tiles * deep
 
 
 class Panels:
@@ -202,7 +210,7 @@ class Panels:
     def __init__(self, count: int, width: int, depth: int) -> None:
         self._count, self._width, self._depth = count, width, depth
         self._per_weight = -(-width // COLUMNS)
-        self._panels = torch.empty(count, self._per_weight, depth, COLUMNS)
+        self._panels = pages.zeros(count, self._per_weight, depth, COLUMNS)
         self._biases = torch.zeros(count, self._per_weight * COLUMNS)
 
     def fill(self, index: int, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
