@@ -1,62 +1,84 @@
-"""Paged attention on CPUs in float32: decodes read keys and values where they stand, without gathering them."""
+"""Paged attention on CPUs in float32: keys and values are read where they stand, without gathering them."""
 
 from __future__ import annotations
 
+import math
+import mmap
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
 
-import numpy as np
 import torch
 
 from actors.engine.attention.base import KVShape
-from actors.engine.attention.torch_sdpa import Decode, TorchPagedAttention
+from actors.engine.batch import Batch
 from actors.engine.cpu import kernels
-from actors.engine.cpu.attend import attend
+from actors.engine.cpu.attend import SLACK, attend, tokens_at_once
 
 
-@dataclass
-class _Table:
-    """All decodes of a step. ``blocks [B, n]``, of which a row uses as many as its length needs."""
+class CompiledPagedAttention:
+    """See ``PagedAttention``.
 
-    rows: torch.Tensor | slice
-    blocks: torch.Tensor
-    lengths: torch.Tensor
-
-
-class CompiledPagedAttention(TorchPagedAttention):
-    """See ``PagedAttention``. Slices of several tokens run as in the base class."""
+    Pools are ``[kv_heads, num_blocks, key_width, block_size]`` of keys, ``[kv_heads, num_blocks, block_size,
+    value_width]`` of values, per layer.
+    """
 
     def __init__(self, shapes: Sequence[KVShape], num_blocks: int, block_size: int) -> None:
-        super().__init__(shapes, num_blocks, block_size, torch.float32, torch.device("cpu"))
-        self._pools = [(k.numpy(), v.numpy()) for k, v in zip(self.keys, self.values, strict=True)]
+        self.block_size = block_size
+        self.keys = [_untouched(shape.heads, num_blocks, shape.key_width, block_size) for shape in shapes]
+        self.values = [_untouched(shape.heads, num_blocks, block_size, shape.value_width) for shape in shapes]
 
-    def _plan(self, decodes: list[Decode]) -> list[Any]:
-        if not decodes:
-            return []
-        blocks = np.zeros((len(decodes), max(len(decode.blocks) for decode in decodes)), np.int64)
-        for row, decode in zip(blocks, decodes, strict=True):
-            row[: len(decode.blocks)] = decode.blocks
-        rows = [decode.row for decode in decodes]
-        lengths = self._index([decode.length for decode in decodes])
-        return [_Table(self._rows(rows), torch.from_numpy(blocks), lengths)]
+    def begin(self, step: Batch) -> None:
+        size = self.block_size
+        targets: list[int] = []
+        table: list[int] = []
+        self._spans: list[tuple[int, int, int, int]] = []
+        row = 0
+        for part in step.slices:
+            targets += [part.blocks[p // size] * size + p % size for p in range(part.start, part.end)]
+            self._spans.append((row, len(part.tokens), part.start, len(table)))
+            table += part.blocks[: (part.end + size - 1) // size]
+            row += len(part.tokens)
+        self._targets, self._table = torch.tensor(targets), torch.tensor(table)
+        self._longest = max((part.end for part in step.slices), default=0)
+        self._pieces: dict[int, torch.Tensor] = {}
 
-    def _store(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
-        targets = self._targets.numpy()
-        for pool, new in zip(self._pools[layer], (key, value), strict=True):
-            heads, _, _, width = pool.shape
-            kernels.store(pool.reshape(heads, -1, width), new[0].transpose(0, 1).contiguous().numpy(), targets)
+    def _of(self, at_once: int) -> torch.Tensor:
+        """``pieces`` for ``attend``."""
+        pieces = self._pieces.get(at_once)
+        if pieces is None:
+            made = [
+                (row + i, min(at_once, count - i), start + i, offset)
+                for row, count, start, offset in self._spans
+                for i in range(0, count, at_once)
+            ]
+            pieces = self._pieces[at_once] = torch.tensor(made)
+        return pieces
 
-    def _decode(
+    def forward(
         self,
         layer: int,
-        group: _Table,
         query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
         scaling: float,
         window: int | None,
         sinks: torch.Tensor | None,
     ) -> torch.Tensor:
         keys, values = self.keys[layer], self.values[layer]
-        queries = query.transpose(0, 1).contiguous()
+        queries, new_keys, new_values = (part[0].transpose(0, 1).contiguous() for part in (query, key, value))
+        kernels.store(keys, values, new_keys, new_values, self._targets)
         logits = None if sinks is None else sinks.float().contiguous()
-        return attend(queries, keys, values, group.blocks, group.lengths, scaling, window or 0, logits)
+        pieces = self._of(tokens_at_once(queries.shape[1], len(keys)))
+        return attend(
+            queries, keys, values, self._table, pieces, self._longest, scaling, window or 0, logits
+        )[None]  # fmt: skip
+
+
+def _untouched(*shape: int) -> torch.Tensor:
+    """float32 zeros, with ``SLACK`` behind them, in memory that the system gives a page at a time.
+
+    Small pages: the first block of a pool shall not have to wait for megabytes.
+    """
+    size = math.prod(shape)
+    room = mmap.mmap(-1, (size + SLACK) * torch.float32.itemsize)
+    room.madvise(mmap.MADV_NOHUGEPAGE)
+    return torch.frombuffer(room, dtype=torch.float32)[:size].view(*shape)

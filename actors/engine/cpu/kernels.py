@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from numba import carray, cfunc, njit
 
-from actors.engine.cpu.threads import as_integer, floats, run, take
+from actors.engine.cpu.threads import as_integer, floats, integers, run, take
 
 FLAGS = {"reassoc", "contract", "nsz", "arcp", "afn"}
 LOG2_E = np.float32(1.4426950408889634)
@@ -177,17 +177,43 @@ def _shares(rows: int, width: int) -> int:
     return 1 if rows * width < _FEW else min(rows, _SHARES * torch.get_num_threads())
 
 
-@njit(
-    "void(float32[:, :, ::1], float32[:, :, ::1], int64[::1])",
-    fastmath=FLAGS,
-    error_model="numpy",
-    nogil=True,
-    cache=True,
-)
-def store(pool, new, targets):  # type: ignore[no-untyped-def]
-    """``pool[:, targets[t]] = new[t]``: ``pool [heads, slots, w]``, ``new [T, heads, w]``."""
-    for token in range(len(targets)):
-        for head in range(pool.shape[0]):
-            source, target = new[token, head], pool[head, targets[token]]
-            for i in range(pool.shape[2]):
-                target[i] = source[i]
+@njit(error_model="numpy")
+def put(keys, values, key, value, target):  # type: ignore[no-untyped-def]
+    """A token's ``key [heads, w]`` and ``value [heads, v]`` to place ``target`` of the pools: see ``store``."""
+    block, place = target // keys.shape[3], target % keys.shape[3]
+    for head in range(keys.shape[0]):
+        for i in range(keys.shape[2]):
+            keys[head, block, i, place] = key[head, i]
+        for i in range(values.shape[3]):
+            values[head, block, place, i] = value[head, i]
+
+
+@cfunc("void(CPointer(int64))", error_model="numpy", cache=True)
+def _store(task):  # type: ignore[no-untyped-def]
+    _, keys_at, values_at, key_at, value_at, targets_at, tokens, heads, blocks, size, width, value_width, shares = (
+        carray(task, 13)
+    )
+    keys = carray(floats(keys_at), (heads, blocks, width, size))
+    values = carray(floats(values_at), (heads, blocks, size, value_width))
+    key, value = carray(floats(key_at), (tokens, heads, width)), carray(floats(value_at), (tokens, heads, value_width))
+    targets = carray(integers(targets_at), tokens)
+    while True:
+        share = take(task)
+        if share >= shares:
+            return
+        for token in range(tokens * share // shares, tokens * (share + 1) // shares):
+            put(keys, values, key[token], value[token], targets[token])
+
+
+def store(
+    keys: torch.Tensor, values: torch.Tensor, key: torch.Tensor, value: torch.Tensor, targets: torch.Tensor
+) -> None:
+    """Writes ``key [T, heads, w]`` and ``value [T, heads, v]`` to places ``targets [T]``, int64, of two pools.
+
+    ``keys [heads, blocks, w, size]``, ``values [heads, blocks, size, v]``; a place is ``block * size + index``.
+    """
+    heads, blocks, width, size = keys.shape
+    tokens, value_width = len(targets), value.shape[2]
+    shares = _shares(tokens, heads * (width + value_width))
+    sizes = (tokens, heads, blocks, size, width, value_width, shares)
+    run(_store, shares, [*_addresses(keys, values, key, value, targets), *sizes])

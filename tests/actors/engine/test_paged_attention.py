@@ -29,7 +29,7 @@ class Sequence:
     blocks: list[int]
 
 
-def make(kind: type[TorchPagedAttention], shape: KVShape) -> TorchPagedAttention:
+def make(kind: Any, shape: KVShape) -> TorchPagedAttention:
     if kind is CompiledPagedAttention:
         return CompiledPagedAttention([shape], BLOCKS, BLOCK)
     return TorchPagedAttention([shape], BLOCKS, BLOCK, torch.float32, CPU)
