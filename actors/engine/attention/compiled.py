@@ -10,8 +10,8 @@ import torch
 
 from actors.engine.attention.base import KVShape
 from actors.engine.batch import Batch
-from actors.engine.cpu import kernels
-from actors.engine.cpu.attend import SLACK, attend, tokens_at_once
+from actors.engine.cpu import kernels, threads
+from actors.engine.cpu.attend import SLACK, Plan, attention, tokens_at_once
 
 
 class CompiledPagedAttention:
@@ -26,6 +26,8 @@ class CompiledPagedAttention:
         self.keys = [_untouched(shape.heads, num_blocks, shape.key_width, block_size) for shape in shapes]
         self.values = [_untouched(shape.heads, num_blocks, block_size, shape.value_width) for shape in shapes]
 
+        self._plans: dict[int, Plan] = {}
+
     def begin(self, step: Batch) -> None:
         size = self.block_size
         targets: list[int] = []
@@ -39,19 +41,24 @@ class CompiledPagedAttention:
             row += len(part.tokens)
         self._targets, self._table = torch.tensor(targets), torch.tensor(table)
         self._longest = max((part.end for part in step.slices), default=0)
-        self._pieces: dict[int, torch.Tensor] = {}
+        for at_once, plan in self._plans.items():
+            self._set(plan, at_once)
 
-    def _of(self, at_once: int) -> torch.Tensor:
-        """``pieces`` for ``attend``."""
-        pieces = self._pieces.get(at_once)
-        if pieces is None:
-            made = [
-                (row + i, min(at_once, count - i), start + i, offset)
-                for row, count, start, offset in self._spans
-                for i in range(0, count, at_once)
-            ]
-            pieces = self._pieces[at_once] = torch.tensor(made)
-        return pieces
+    def plan(self, heads: int, layer: int) -> Plan:
+        """The present step's, of a layer with so many query heads; every ``begin`` sets it anew."""
+        at_once = tokens_at_once(heads, len(self.keys[layer]))
+        if at_once not in self._plans:
+            self._plans[at_once] = Plan()
+            self._set(self._plans[at_once], at_once)
+        return self._plans[at_once]
+
+    def _set(self, plan: Plan, at_once: int) -> None:
+        pieces = [
+            (row + i, min(at_once, count - i), start + i, offset)
+            for row, count, start, offset in self._spans
+            for i in range(0, count, at_once)
+        ]
+        plan.set(self._table, torch.tensor(pieces), self._targets, self._longest)
 
     def forward(
         self,
@@ -63,14 +70,17 @@ class CompiledPagedAttention:
         window: int | None,
         sinks: torch.Tensor | None,
     ) -> torch.Tensor:
-        keys, values = self.keys[layer], self.values[layer]
+        pools = self.keys[layer], self.values[layer]
         queries, new_keys, new_values = (part[0].transpose(0, 1).contiguous() for part in (query, key, value))
-        kernels.store(keys, values, new_keys, new_values, self._targets)
+        kernels.store(*pools, new_keys, new_values, self._targets)
         logits = None if sinks is None else sinks.float().contiguous()
-        pieces = self._of(tokens_at_once(queries.shape[1], len(keys)))
-        return attend(
-            queries, keys, values, self._table, pieces, self._longest, scaling, window or 0, logits
-        )[None]  # fmt: skip
+        tokens, heads, _ = queries.shape
+        plan, out = self.plan(heads, layer), query.new_empty(1, tokens, heads, value.shape[3])
+        work, arguments = attention(
+            queries.data_ptr(), pools, plan, out.data_ptr(), tokens, heads, scaling, window or 0, logits
+        )
+        threads.run(work, plan.count * len(pools[0]), arguments)
+        return out
 
 
 def _untouched(*shape: int) -> torch.Tensor:

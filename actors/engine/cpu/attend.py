@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from numba import carray, cfunc, njit
 
-from actors.engine.cpu.kernels import FLAGS, LOG2_E, LOWEST, ONE, ZERO, exp2
+from actors.engine.cpu.kernels import FLAGS, LOG2_E, LOWEST, ONE, ZERO, Work, exp2
 from actors.engine.cpu.outer import COLUMNS, LANES, ROWS, SIZE, tile
-from actors.engine.cpu.threads import as_integer, floats, integers, run, take
+from actors.engine.cpu.threads import as_integer, floats, integers, take
 
 SLACK = COLUMNS
 """Elements behind a pool that may be read, whatever they are: the last vectors of a block may reach beyond it."""
@@ -116,10 +116,10 @@ def _gather(weights, weights_step, rows, values, size, width, blocks, first, pas
 
 @cfunc("void(CPointer(int64))", fastmath=FLAGS, error_model="numpy", cache=True)
 def _attend(task):  # type: ignore[no-untyped-def]
-    """See ``attend``. A task is a piece of a sequence and a KV head with its query heads."""
-    _, query_at, keys_at, values_at, table_at, pieces_at, sinks_at, out_at = carray(task, 8)
-    sizes = carray(task, 20)[8:]
-    tokens, heads, shared, blocks, size, width, value_width, count, longest, window, num_sinks, scaling_bits = sizes
+    """See ``attention``. A task is a piece of a sequence and a KV head with its query heads."""
+    _, query_at, keys_at, values_at, plan_at, sinks_at, out_at = carray(task, 7)
+    tokens, heads, shared, blocks, size, width, value_width, window, num_sinks, scaling_bits = carray(task, 17)[7:]
+    count, longest, table_at, pieces_at, _ = carray(integers(plan_at), 5)
     query, out = carray(floats(query_at), (tokens, heads, width)), carray(floats(out_at), (tokens, heads, value_width))
     pieces, sinks = carray(integers(pieces_at), (count, 4)), carray(floats(sinks_at), num_sinks)
     scaling = np.float32(np.int64(scaling_bits).view(np.float64))
@@ -166,35 +166,47 @@ def _attend(task):  # type: ignore[no-untyped-def]
 
 
 def tokens_at_once(heads: int, shared: int) -> int:
-    """Tokens of a prompt that a task of ``attend`` best takes, with so many query heads to so many KV heads."""
+    """Tokens of a prompt that a task of ``attention`` best takes, with so many query heads to so many KV heads."""
     return max(1, ROWS // (heads // shared))
 
 
-def attend(
-    query: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    table: torch.Tensor,
-    pieces: torch.Tensor,
-    longest: int,
+class Plan:
+    """Which tokens a step has: ``address`` stays as it is, what stands there is that of the last ``set``.
+
+    ``pieces [n, 4]`` are runs of tokens that follow each other: the first row, how many (``tokens_at_once`` at most),
+    the position of the first, and where in ``table`` its sequence's blocks begin. Keys and values of row ``t`` go to
+    place ``targets[t]``, ``block * size + index``. No sequence reaches beyond ``longest`` tokens. All are int64.
+    """
+
+    def __init__(self) -> None:
+        self._numbers = torch.zeros(5, dtype=torch.int64)
+        self.address = self._numbers.data_ptr()
+
+    def set(self, table: torch.Tensor, pieces: torch.Tensor, targets: torch.Tensor, longest: int) -> None:
+        self._parts = table, pieces, targets
+        self.count = len(pieces)
+        self._numbers.copy_(torch.tensor([self.count, longest, *(part.data_ptr() for part in self._parts)]))
+
+
+def attention(
+    query: int,
+    pools: tuple[torch.Tensor, torch.Tensor],
+    plan: Plan,
+    out: int,
+    tokens: int,
+    heads: int,
     scaling: float,
-    window: int,
-    sinks: torch.Tensor | None,
-) -> torch.Tensor:
+    window: int = 0,
+    sinks: torch.Tensor | None = None,
+) -> Work:
     """Each row of ``query [T, h, w]`` attends to the last ``window`` (0: all) tokens of its sequence up to itself.
 
-    ``keys [k, blocks, w, size]`` and ``values [k, blocks, size, v]`` are pools with ``SLACK`` behind them, in which all
-    these tokens stand. ``pieces [n, 4]`` are runs of tokens that follow each other: the first row, how many
-    (``tokens_at_once`` at most), the position of the first, and where in ``table`` its sequence's blocks begin; both
-    are int64. No sequence reaches beyond ``longest`` tokens. ``sinks [h]``: one more logit of each head, without a
-    value. All are contiguous. Gives ``[T, h, v]``.
+    ``pools`` are keys ``[k, blocks, w, size]`` and values ``[k, blocks, size, v]`` with ``SLACK`` behind them, in which
+    all these tokens stand. ``sinks [h]``: one more logit of each head, without a value; it must be kept. All are
+    contiguous. ``out`` gets ``[T, h, v]``; like ``query``, it is an address.
     """
-    tokens, heads, width = query.shape
-    shared, blocks, size, value_width = values.shape
-    out = torch.empty(tokens, heads, value_width)
-    parts = (query, keys, values, table, pieces, query if sinks is None else sinks, out)
-    addresses = (part.data_ptr() for part in parts)
-    sizes = (tokens, heads, shared, blocks, size, width, value_width, len(pieces), longest)
-    num_sinks = 0 if sinks is None else len(sinks)
-    run(_attend, len(pieces) * shared, [*addresses, *sizes, window, num_sinks, as_integer(scaling)])
-    return out
+    keys, values = pools
+    width, (shared, blocks, size, value_width) = keys.shape[2], values.shape
+    logits, num_sinks = (0, 0) if sinks is None else (sinks.data_ptr(), len(sinks))
+    sizes = tokens, heads, shared, blocks, size, width, value_width, window, num_sinks, as_integer(scaling)
+    return _attend, [query, keys.data_ptr(), values.data_ptr(), plan.address, logits, out, *sizes]

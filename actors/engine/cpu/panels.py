@@ -20,7 +20,9 @@ import torch
 from numba import carray, cfunc
 
 from actors.engine.cpu import amx, outer, pages, threads
+from actors.engine.cpu.kernels import Work
 from actors.engine.cpu.outer import ROWS, SIZE, tile
+from actors.engine.cpu.threads import integers
 
 if amx.available():  # compiled by its import, before the first request
     from actors.engine.cpu import tiles
@@ -45,8 +47,10 @@ _SHARES = 4  # tasks per thread: the cores of a shared machine are not equally f
 @cfunc("void(CPointer(int64))", error_model="numpy", cache=True)
 def _multiply(task):  # type: ignore[no-untyped-def]
     """See ``Panels.multiply``. A task is ``chunk`` panels of a group's weight for all rows of the group."""
-    _, panels, biases, x, x_step, out, depth, per_weight, chunk, groups = carray(task, 10)
-    spans = carray(task, 10 + 3 * groups)[10:]
+    _, panels, biases, x, x_step, out, depth, per_weight, shares, groups_at = carray(task, 10)
+    groups = integers(groups_at)[0]
+    spans = carray(integers(groups_at), 1 + 3 * groups)[1:]
+    chunk = min((per_weight * groups + shares - 1) // shares, per_weight)
     out_step = per_weight * _ROW
     chunks = (per_weight + chunk - 1) // chunk
     while True:
@@ -125,25 +129,25 @@ class Panels:
             return out if out.shape[1] == self._width else out[:, : self._width].contiguous()
         x = _apart(x) if len(x) > 1 and self._depth * SIZE % _PAGE == 0 else x.contiguous()
         out = torch.empty(len(x), self._per_weight * COLUMNS)
-        chunk = -(-self._per_weight * len(groups) // (_SHARES * torch.get_num_threads()))
-        chunk = min(chunk, self._per_weight)
-        threads.run(
-            _multiply,
-            -(-self._per_weight // chunk) * len(groups),
-            [
-                self._panels.data_ptr(),
-                self._biases.data_ptr(),
-                x.data_ptr(),
-                x.stride(0) * SIZE,
-                out.data_ptr(),
-                self._depth,
-                self._per_weight,
-                chunk,
-                len(groups),
-                *(number for group in groups for number in group),
-            ],
-        )
+        plan = torch.tensor([len(groups), *(number for group in groups for number in group)])
+        work, arguments = self.product(x.data_ptr(), x.stride(0) * SIZE, out.data_ptr(), plan.data_ptr())
+        threads.run(work, self._per_weight * len(groups), arguments)
         return out if out.shape[1] == self._width else out[:, : self._width].contiguous()
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """``(width, depth)``."""
+        return self._width, self._depth
+
+    def product(self, x: int, x_step: int, out: int, groups: int) -> Work:
+        """``multiply`` as a work of ``threads``, by addresses.
+
+        ``x_step`` bytes lead from one row of ``x`` to the next; ``out`` has rows of whole panels. At ``groups`` stand,
+        as int64, their number and the three of each.
+        """
+        shares = _SHARES * torch.get_num_threads()
+        parts = self._panels.data_ptr(), self._biases.data_ptr()
+        return _multiply, [*parts, x, x_step, out, self._depth, self._per_weight, shares, groups]
 
 
 def _apart(x: torch.Tensor) -> torch.Tensor:

@@ -115,6 +115,11 @@ class Experts:
         for layer in range(self._next, len(self.layers)):
             self._exchange(layer, hidden, ids)
 
+    def ran(self) -> None:
+        """All layers of this step ran elsewhere, with this rank's own rows, which ``chosen`` has counted."""
+        self.computed += len(self.layers) * self._own * self.top_k
+        self._next = len(self.layers)
+
     def _exchange(self, layer: int, hidden: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         """Unweighted results ``[T, k, H]`` of this rank's rows (``[0, k, H]`` where no row has an expert)."""
         table = self.routing.table[layer]
