@@ -60,10 +60,10 @@ class EagerSteps:
         self.config = config
         self._decoder: Decoder | None = None
         self.num_kv_blocks = self._count_blocks()
-        model.attention = self._make_attention()
+        attention = model.attention = self._make_attention()
         if config.kv_blocks is None:
             # All of it at once, so that the next rank of this machine does not find free what this one counts on.
-            for pool in (*model.attention.keys, *model.attention.values):
+            for pool in (*attention.keys, *attention.values):
                 pool.zero_()
         if decoder is not None:
             self._try(decoder)
@@ -80,7 +80,7 @@ class EagerSteps:
         self.model.attention.begin(batch)
         inputs = torch.tensor([tokens, positions])
         if self._decoder is not None and self._decoder.suits(len(tokens)):
-            return self._decoder.logits(*inputs, last)
+            return self._decoder.logits(inputs[0], inputs[1], last)
         output = self.model.module(
             input_ids=inputs[:1],
             position_ids=inputs[1:],
@@ -113,20 +113,20 @@ class EagerSteps:
 
     def _try(self, decoder: Decoder) -> None:
         """Takes ``decoder`` if its logits are those of the model, of some rows. The group is this rank alone."""
-        from actors.engine.cpu.fuse import agree
+        from actors.engine.cpu.fuse import agree, attempt
 
         length = min(_TRIED_ROWS, self.config.block_size, self.config.max_num_batched_tokens)
         tokens = torch.arange(length) * 7919 % self.model.summary.vocab_size
         batch = Batch((rehearsal(tokens.tolist(), 0, [0]),))
-        found = []
-        for self._decoder in (None, decoder):
-            self.model.experts.begin([length])
-            found.append(self.run(batch))
-        if not agree(found[0], found[1], _DEEP_TOLERANCE):
+        self.model.experts.begin([length])
+        own = self.run(batch)
+        self._decoder = decoder
+        self.model.experts.begin([length])
+        if not agree(own, attempt(lambda: self.run(batch)), _DEEP_TOLERANCE):
             self._decoder = None
         logger.info("decoder runs as %s", "modules" if self._decoder is None else "one program")
 
-    def _make_attention(self) -> TorchPagedAttention:
+    def _make_attention(self) -> Any:
         shapes, block_size, dtype = self.model.kv_shapes, self.config.block_size, self.model.dtype
         if dtype == torch.float32:
             from actors.engine.attention.compiled import CompiledPagedAttention

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-import mmap
 from collections.abc import Sequence
 
 import torch
 
 from actors.engine.attention.base import KVShape
+from actors.engine.attention.torch_sdpa import untouched
 from actors.engine.batch import Batch
 from actors.engine.cpu import kernels, threads
 from actors.engine.cpu.attend import SLACK, Plan, attention, tokens_at_once
@@ -23,8 +23,8 @@ class CompiledPagedAttention:
 
     def __init__(self, shapes: Sequence[KVShape], num_blocks: int, block_size: int) -> None:
         self.block_size = block_size
-        self.keys = [_untouched(shape.heads, num_blocks, shape.key_width, block_size) for shape in shapes]
-        self.values = [_untouched(shape.heads, num_blocks, block_size, shape.value_width) for shape in shapes]
+        self.keys = [_pool(shape.heads, num_blocks, shape.key_width, block_size) for shape in shapes]
+        self.values = [_pool(shape.heads, num_blocks, block_size, shape.value_width) for shape in shapes]
 
         self._plans: dict[int, Plan] = {}
 
@@ -83,12 +83,6 @@ class CompiledPagedAttention:
         return out
 
 
-def _untouched(*shape: int) -> torch.Tensor:
-    """float32 zeros, with ``SLACK`` behind them, in memory that the system gives a page at a time.
-
-    Small pages: the first block of a pool shall not have to wait for megabytes.
-    """
+def _pool(*shape: int) -> torch.Tensor:
     size = math.prod(shape)
-    room = mmap.mmap(-1, (size + SLACK) * torch.float32.itemsize)
-    room.madvise(mmap.MADV_NOHUGEPAGE)
-    return torch.frombuffer(room, dtype=torch.float32)[:size].view(*shape)
+    return untouched((size + SLACK,), torch.float32)[:size].view(*shape)

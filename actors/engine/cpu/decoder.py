@@ -29,7 +29,7 @@ MOST_ROWS = 63
 _PAGE = 4096  # bytes; rows a multiple of this apart would share a few lines of the first cache
 
 
-class _Unknown(Exception):
+class _Unknown(ValueError):
     """The model has a part that this file does not know."""
 
 
@@ -66,7 +66,7 @@ def find(model: MoEModel, joined: Mapping[tuple[torch.nn.Linear, ...], Linear]) 
     """The decoder of ``model`` (float32, dense weights loaded), if it is made of known parts only; untested."""
     try:
         return Decoder(model, joined)
-    except (_Unknown, AttributeError, TypeError):
+    except (AttributeError, TypeError, ValueError):
         return None
 
 
@@ -82,7 +82,7 @@ class Decoder:
         self._layers = [self._layer(module) for module in body.layers]
         self._programs: dict[int, Program] = {}
         self._routing: Any = None
-        self._slots: torch.Tensor | None = None
+        self._slots = torch.empty(len(model.experts.layers), model.summary.num_experts, dtype=torch.int64)
         self._room: dict[tuple[str, int], torch.Tensor] = {}
 
     def suits(self, rows: int) -> bool:
@@ -130,7 +130,7 @@ class Decoder:
 
     def _sparse(self, module: Any) -> _Sparse:
         shared, gate = getattr(module, "shared_expert", None), getattr(module, "shared_expert_gate", None)
-        layer, normalize = module.experts.accordion.layer, bool(getattr(module.gate, "norm_topk_prob", False))
+        layer, normalize = module.experts.accordion.layer, bool(getattr(module.gate, "norm_topk_prob", True))
         slots = self._model.experts.layers[layer]
         if not isinstance(slots, PanelSlots) or not slots.gated or any(p.shape[0] % COLUMNS for p in slots.panels):
             raise _Unknown
@@ -150,9 +150,8 @@ class Decoder:
         first = routing.rank_index * routing.num_slots
         own = routing.table[:, routing.rank_index, : experts.num_experts].astype(np.int64) - first
         for layer, row in zip(experts.layers, own, strict=True):
+            assert isinstance(layer, PanelSlots)
             layer.check({*row.tolist()})
-        if self._slots is None:
-            self._slots = torch.empty(own.shape, dtype=torch.int64)
         self._slots.copy_(torch.from_numpy(own))
         self._routing = routing
 
@@ -219,9 +218,13 @@ class Decoder:
         inner, gated = self._at("inner of experts", top_k * 2 * half), self._at("gated of experts", top_k * half)
         results = self._at("results", top_k * width)
         gate = 0 if mlp.gate is None else mlp.gate.data_ptr()
-        program.add(*route.route(normed, mlp.router.data_ptr(), gate, ids, weights, rows, width, count, top_k, mlp.normalize))
+        program.add(
+            *route.route(normed, mlp.router.data_ptr(), gate, ids, weights, rows, width, count, top_k, mlp.normalize)
+        )
         slots, chosen = self._slots[mlp.layer].data_ptr(), experts.chosen[mlp.layer].ctypes.data
-        program.add(*route.group(normed, ids, slots, gathered, places, groups, chosen, rows, width, count, top_k, num_slots))
+        program.add(
+            *route.group(normed, ids, slots, gathered, places, groups, chosen, rows, width, count, top_k, num_slots)
+        )
         program.add(*up.product(gathered, width * 4, inner, groups))
         program.add(*kernels.gate(inner, gated, pairs, half))
         program.add(*down.product(gated, half * 4, results, groups))

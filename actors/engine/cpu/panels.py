@@ -44,6 +44,7 @@ _AHEAD = _DEEPEST * _ROW
 _MANY = 64
 _SHARES = 4  # tasks per thread: the cores of a shared machine are not equally fast
 
+
 @cfunc("void(CPointer(int64))", error_model="numpy", cache=True)
 def _multiply(task):  # type: ignore[no-untyped-def]
     """See ``Panels.multiply``. A task is ``chunk`` panels of a group's weight for all rows of the group."""

@@ -143,9 +143,7 @@ def _combine(task):  # type: ignore[no-untyped-def]
                     target[i] += weight * shared[row, i]
 
 
-def combine(
-    results: int, places: int, weights: int, shared: int, out: int, rows: int, width: int, top_k: int
-) -> Work:
+def combine(results: int, places: int, weights: int, shared: int, out: int, rows: int, width: int, top_k: int) -> Work:
     """``out [rows, width]``: each row's weighted results, summed in the order of its experts, then ``shared``.
 
     ``shared`` may be 0: none.

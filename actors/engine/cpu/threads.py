@@ -82,12 +82,12 @@ class Program:
             self._sealed = data, table, [start for _, start in self._works]
         data, table, starts = self._sealed
         data[starts] = 0
-        alone = _parallel is None or _barrier is None or torch.get_num_threads() == 1
-        arguments = (ctypes.c_int64 * 3)(len(table), table.ctypes.data, 0 if alone else _barrier)
-        if alone:
+        threads, barrier = torch.get_num_threads(), _barrier or 0
+        arguments = (ctypes.c_int64 * 3)(len(table), table.ctypes.data, barrier if threads > 1 else 0)
+        if _parallel is None or barrier == 0 or threads == 1:
             _in_order.ctypes(arguments)
         else:
-            _parallel(_in_order.address, arguments, torch.get_num_threads(), 0)
+            _parallel(_in_order.address, arguments, threads, 0)
 
 
 def as_integer(number: float) -> int:
