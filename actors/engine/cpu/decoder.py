@@ -101,8 +101,9 @@ class Decoder:
             program = self._programs[rows] = self._build(rows, cosine.shape[-1])
         for name, value in (("x", hidden), ("cosine", cosine[0]), ("sine", sine[0])):
             self._buffer(name, value.shape[1])[:rows].copy_(value)
+        if experts.layers:
+            experts.run_elsewhere(rows)
         program.run()
-        experts.ran()
         found: torch.Tensor = self._head(self._buffer("normed", self._width)[last])
         return found
 

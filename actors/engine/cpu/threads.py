@@ -57,14 +57,13 @@ _barrier = _address("GOMP_barrier")
 class Program:
     """Works in order, each shared by all threads: one call, and between two works a thread waits but does not sleep.
 
-    A work is what ``run`` takes, with arguments that stay as they are.
+    A work is what ``run`` takes, with arguments that stay as they are. ``works`` are those that were added.
     """
 
     def __init__(self) -> None:
-        self._works: list[tuple[int, int]] = []  # address, and where in _data its arguments begin
-        self._data: list[int] = []
+        self.works: list[tuple[Any, Sequence[int]]] = []
         self._kept: list[torch.Tensor] = []
-        self._sealed: tuple[np.ndarray, np.ndarray, list[int]] | None = None
+        self._sealed: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None
 
     def keep(self, part: torch.Tensor) -> int:
         """Its address, for arguments; it is kept as long as the program."""
@@ -72,19 +71,20 @@ class Program:
         return part.data_ptr()
 
     def add(self, work: Any, arguments: Sequence[int]) -> None:
-        self._works.append((work.address, len(self._data)))
-        self._data += [0, *arguments]
+        self.works.append((work, arguments))
 
     def run(self) -> None:
         if self._sealed is None:
-            data = np.array(self._data, np.int64)
-            table = np.array([(work, data.ctypes.data + 8 * start) for work, start in self._works], np.int64)
-            self._sealed = data, table, [start for _, start in self._works]
+            data = np.array([number for _, arguments in self.works for number in (0, *arguments)], np.int64)
+            starts = np.cumsum([0, *(1 + len(arguments) for _, arguments in self.works)])[:-1]
+            places = (work.address for work, _ in self.works), (data.ctypes.data + 8 * starts).tolist()
+            self._sealed = data, np.array(list(zip(*places, strict=True)), np.int64), starts
         data, table, starts = self._sealed
         data[starts] = 0
-        threads, barrier = torch.get_num_threads(), _barrier or 0
-        arguments = (ctypes.c_int64 * 3)(len(table), table.ctypes.data, barrier if threads > 1 else 0)
-        if _parallel is None or barrier == 0 or threads == 1:
+        threads = torch.get_num_threads()
+        barrier = 0 if _parallel is None or threads == 1 else _barrier or 0
+        arguments = (ctypes.c_int64 * 3)(len(table), table.ctypes.data, barrier)
+        if barrier == 0:
             _in_order.ctypes(arguments)
         else:
             _parallel(_in_order.address, arguments, threads, 0)
