@@ -28,6 +28,7 @@ from actors.engine.steps import EagerSteps, Steps
 from actors.engine.weights import open_loader
 
 if TYPE_CHECKING:
+    from actors.engine.cpu.decoder import Decoder
     from actors.engine.cuda.peers import PeerWindows
 
 logger = logging.getLogger(__name__)
@@ -68,6 +69,7 @@ class ModelRunner:
             self._weights = memory.weights_of(self.model, routing.num_slots, blocks)
             memory.check(self._weights, torch.cuda.mem_get_info()[0], config.min_data_parallel_size)
         self._other: Experts | None = None
+        self._decoder: Decoder | None = None
         self.model.allocate_slots(
             routing.num_slots, self.device, config.max_num_batched_tokens, config.max_ranks, blocks
         )
@@ -192,16 +194,18 @@ class ModelRunner:
             from actors.engine.cuda.steps import CudaSteps
 
             return CudaSteps(self.model, self.config, self._weights)
-        return EagerSteps(self.model, self.config)
+        return EagerSteps(self.model, self.config, self._decoder)
 
     def _prepare_for_cpu(self) -> None:
         # Numba is needed, and takes its time to import, on CPUs only.
+        from actors.engine.cpu.decoder import find
         from actors.engine.cpu.fuse import fuse
         from actors.engine.cpu.linear import join
 
         joined = join(self.model.linear_groups)
         if self.model.dtype == torch.float32:
             fuse(self.model, joined)
+            self._decoder = find(self.model, joined)
 
     def _prepare_for_cuda(self) -> None:
         from actors.engine.cuda.fuse import fuse

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
@@ -15,9 +15,14 @@ from actors.engine.config import EngineConfig
 from actors.engine.model import MoEModel
 from actors.wire import SamplingParams
 
+if TYPE_CHECKING:  # Numba is needed on CPUs only
+    from actors.engine.cpu.decoder import Decoder
+
 logger = logging.getLogger(__name__)
 
 WARM_UP_SEQUENCES = 8
+_TRIED_ROWS = 4
+_DEEP_TOLERANCE = 1e-3  # of the largest logit: rounding grows from layer to layer
 
 
 class Steps(Protocol):
@@ -50,15 +55,18 @@ class EagerSteps:
 
     asynchronous = False
 
-    def __init__(self, model: MoEModel, config: EngineConfig) -> None:
+    def __init__(self, model: MoEModel, config: EngineConfig, decoder: Decoder | None = None) -> None:
         self.model = model
         self.config = config
+        self._decoder: Decoder | None = None
         self.num_kv_blocks = self._count_blocks()
-        model.attention = self._make_attention()
+        attention = model.attention = self._make_attention()
         if config.kv_blocks is None:
             # All of it at once, so that the next rank of this machine does not find free what this one counts on.
-            for pool in (*model.attention.keys, *model.attention.values):
+            for pool in (*attention.keys, *attention.values):
                 pool.zero_()
+        if decoder is not None:
+            self._try(decoder)
 
     def run(self, batch: Batch, drawn: torch.Tensor | None = None) -> torch.Tensor:
         tokens: list[int] = []
@@ -71,6 +79,8 @@ class EagerSteps:
                 last.append(len(tokens) - 1)
         self.model.attention.begin(batch)
         inputs = torch.tensor([tokens, positions])
+        if self._decoder is not None and self._decoder.suits(len(tokens)):
+            return self._decoder.logits(inputs[0], inputs[1], last)
         output = self.model.module(
             input_ids=inputs[:1],
             position_ids=inputs[1:],
@@ -101,7 +111,22 @@ class EagerSteps:
             self.model.experts.begin([batch.num_tokens])
             self.run(batch)
 
-    def _make_attention(self) -> TorchPagedAttention:
+    def _try(self, decoder: Decoder) -> None:
+        """Takes ``decoder`` if its logits are those of the model, of some rows. The group is this rank alone."""
+        from actors.engine.cpu.fuse import agree, attempt
+
+        length = min(_TRIED_ROWS, self.config.block_size, self.config.max_num_batched_tokens)
+        tokens = torch.arange(length) * 7919 % self.model.summary.vocab_size
+        batch = Batch((rehearsal(tokens.tolist(), 0, [0]),))
+        self.model.experts.begin([length])
+        own = self.run(batch)
+        self._decoder = decoder
+        self.model.experts.begin([length])
+        if not agree(own, attempt(lambda: self.run(batch)), _DEEP_TOLERANCE):
+            self._decoder = None
+        logger.info("decoder runs as %s", "modules" if self._decoder is None else "one program")
+
+    def _make_attention(self) -> Any:
         shapes, block_size, dtype = self.model.kv_shapes, self.config.block_size, self.model.dtype
         if dtype == torch.float32:
             from actors.engine.attention.compiled import CompiledPagedAttention

@@ -35,6 +35,8 @@ import torch.multiprocessing
 from actors.engine import sampler
 from actors.engine.blocks import BlockPool
 from actors.engine.config import EngineConfig
+from actors.engine.cpu import threads
+from actors.engine.cpu.threads import Program
 from actors.engine.experts.exchange import Exchange, SoloExchange
 from actors.engine.experts.mesh import MeshExchange
 from actors.engine.experts.planner import Shape, plan
@@ -47,6 +49,16 @@ from actors.wire import SamplingParams
 
 PREFILL_PROMPTS, PREFILL_LENGTH = 4, 128
 REST = "rest of the model"
+# Works of a program, by the name of the function.
+WORKS = {
+    "_rms_norm": "norms",
+    "_attend": "attention: over the cache",
+    "_rotate_and_store": "attention: projections, rope",
+    "_route": "experts: routing",
+    "_group": "experts: routing",
+    "_combine": "experts: routing",
+}
+MANY = 2  # tasks: all threads take part
 
 
 class Clock:
@@ -126,6 +138,26 @@ def instrument(runner: ModelRunner, exchange: Exchange, clock: Clock) -> None:
         clock.around(exchange, method, "exchange")
     for method in ("step", "dummy_step"):
         clock.around(runner, method, REST)
+
+    Program.run = lambda program: run_by_kind(program, clock)  # type: ignore[method-assign]
+
+
+def run_by_kind(program: Program, clock: Clock) -> None:
+    """One work at a time, as the program runs them, but for what each call costs."""
+    names = [work.__wrapped__.__name__ for work, _ in program.works]
+    of_experts = 0
+    for (work, arguments), name, before, after in zip(
+        program.works, names, ["", *names[:-1]], [*names[1:], ""], strict=True
+    ):
+        kind = WORKS.get(name, "MLP, dense and shared")
+        if name == "_group":
+            of_experts = 2
+        elif name == "_multiply" and of_experts:
+            kind, of_experts = "experts: products", of_experts - 1
+        elif before == "_attend" or after == "_rotate_and_store":
+            kind = WORKS["_rotate_and_store"]
+        with clock.of(kind):
+            threads.run(work, MANY, arguments)
 
 
 @dataclass

@@ -1,4 +1,9 @@
-"""Attention of decodes over paged keys and values, which are read where they stand: float32, on torch's threads."""
+"""Causal attention over paged keys and values, which are read where they stand: float32, on torch's threads.
+
+Keys stand transposed in their block, ``[width, size]``, so that both products, with keys and with values, are ``outer``
+tiles whose rows are the query heads of a KV head: of one token in decoding, of a few neighbours in a prompt. A token's
+sums are the same in either, whatever stands beside it.
+"""
 
 from __future__ import annotations
 
@@ -6,134 +11,202 @@ import numpy as np
 import torch
 from numba import carray, cfunc, njit
 
-from actors.engine.cpu.kernels import FLAGS, LOG2_E, LOWEST, ZERO, exp2
-from actors.engine.cpu.threads import as_integer, floats, integers, read_ahead, run, take
+from actors.engine.cpu.kernels import FLAGS, LOG2_E, LOWEST, ONE, ZERO, Work, exp2
+from actors.engine.cpu.outer import COLUMNS, LANES, ROWS, SIZE, tile
+from actors.engine.cpu.threads import as_integer, floats, integers, take
+
+SLACK = COLUMNS
+"""Elements behind a pool that may be read, whatever they are: the last vectors of a block may reach beyond it."""
+_HALF = LANES * SIZE
 
 
-@njit(fastmath=FLAGS, error_model="numpy")
-def _softmax(scores, scaling, sinks, head):  # type: ignore[no-untyped-def]
-    largest, check = -np.float32(np.inf), ZERO
-    for i in range(len(scores)):
-        scores[i] *= scaling
-        check += scores[i]
-        largest = max(largest, scores[i])
+# Vector code, for which numbers have to be taken for such: whoever calls these knows whether they are.
+@njit(fastmath=True, error_model="numpy")
+def _largest(scores, lanes):  # type: ignore[no-untyped-def]
+    """``lanes [LANES]`` is room: LLVM makes no vectors of a maximum over a loop."""
+    whole = len(scores) // LANES * LANES
+    for j in range(LANES):
+        lanes[j] = scores[0]
+    for i in range(0, whole, LANES):
+        for j in range(LANES):
+            lanes[j] = max(lanes[j], scores[i + j])
+    for i in range(whole, len(scores)):
+        lanes[0] = max(lanes[0], scores[i])
+    largest = lanes[0]
+    for j in range(LANES):
+        largest = max(largest, lanes[j])
+    return largest
+
+
+@njit(fastmath=True, error_model="numpy")
+def _weigh(scores, largest):  # type: ignore[no-untyped-def]
     whole = ZERO
-    if not np.isfinite(check):
-        whole = np.float32(np.nan)  # a comparison may have lost it
-    if sinks.shape[0]:
-        largest = max(largest, sinks[head])
-        whole += exp2(max((sinks[head] - largest) * LOG2_E, LOWEST))
     for i in range(len(scores)):
         scores[i] = exp2(max((scores[i] - largest) * LOG2_E, LOWEST))
         whole += scores[i]
+    return whole
+
+
+@njit(fastmath=FLAGS, error_model="numpy")
+def _softmax(scores, scaling, sinks, head, lanes):  # type: ignore[no-untyped-def]
+    check = ZERO
     for i in range(len(scores)):
-        scores[i] /= whole
+        scores[i] *= scaling
+        check += scores[i]
+    largest, whole = _largest(scores, lanes), ZERO
+    if sinks.shape[0]:
+        largest = max(largest, sinks[head])
+        whole = exp2(max((sinks[head] - largest) * LOG2_E, LOWEST))
+    whole += _weigh(scores, largest)
+    if not np.isfinite(check):
+        whole = np.float32(np.nan)
+    share = ONE / whole
+    for i in range(len(scores)):
+        scores[i] *= share
 
 
-@njit(fastmath=FLAGS, error_model="numpy")
-def _add_weighted(rows, weights, out):  # type: ignore[no-untyped-def]
-    """``out [w] += weights [n] @ rows [n, w]``, four rows at a time so that ``out`` is read and written less often."""
-    whole = len(weights) // 4 * 4
-    for i in range(0, whole, 4):
-        r0, r1, r2, r3 = rows[i], rows[i + 1], rows[i + 2], rows[i + 3]
-        w0, w1, w2, w3 = weights[i], weights[i + 1], weights[i + 2], weights[i + 3]
-        for j in range(len(out)):
-            out[j] += w0 * r0[j] + w1 * r1[j] + w2 * r2[j] + w3 * r3[j]
-    for i in range(whole, len(weights)):
-        row, weight = rows[i], weights[i]
-        for j in range(len(out)):
-            out[j] += weight * row[j]
+@njit(error_model="numpy")
+def _multiply(rows, weights, half, weights_step, depth, x, x_step, out, out_half, out_step, start, start_step, ahead, ahead_step):  # type: ignore[no-untyped-def]  # fmt: skip  # noqa: E501
+    """A tile of any number of rows."""
+    for row in range(0, rows, ROWS):
+        tile(
+            min(ROWS, rows - row), weights, half, weights_step, depth, x + row * x_step, x_step,
+            out + row * out_step, out_half, out_step, start + row * start_step, start_step, ahead, ahead_step,
+        )  # fmt: skip
 
 
-@njit
-def _ask_for(block, part, parts):  # type: ignore[no-untyped-def]
-    """Blocks stand anywhere in memory: while one is computed with, parts of the next are asked for."""
-    start, lines = block.ctypes.data, block.size * 4 // 64
-    for line in range(lines * part // parts, lines * (part + 1) // parts):
-        read_ahead(start + 64 * line)
+@njit(error_model="numpy")
+def _score(query, rows, width, keys, size, blocks, first, past, end, zeros, out, out_step, then):  # type: ignore[no-untyped-def]
+    """``out[r, k] = query[r] . key k`` for keys in blocks ``first .. past - 1``; up to ``COLUMNS`` more are written.
+
+    A tile's two vectors are of keys that follow each other, in one block or in two. ``then`` is read next.
+    """
+    pieces = (size + LANES - 1) // LANES
+    whole = (past - first - 1) * pieces + (end - (past - 1) * size + LANES - 1) // LANES
+    for piece in range(0, whole, 2):
+        near, far = first * pieces + piece, first * pieces + min(piece + 1, whole - 1)
+        low = near // pieces * size + near % pieces * LANES
+        high = far // pieces * size + far % pieces * LANES
+        place = keys + (blocks[near // pieces] * width * size + near % pieces * LANES) * SIZE
+        half = keys + (blocks[far // pieces] * width * size + far % pieces * LANES) * SIZE - place
+        ahead = then
+        if piece + 2 < whole:
+            ahead = keys + blocks[(near + 2) // pieces] * width * size * SIZE
+        _multiply(
+            rows, place, half, size * SIZE, width, query, width * SIZE,
+            out + low * SIZE, (high - low) * SIZE, out_step, zeros, 0, ahead, size * SIZE,
+        )  # fmt: skip
 
 
-@njit(fastmath=FLAGS, error_model="numpy")
-def _attend_one(query, keys, values, blocks, start, end, scaling, sinks, first_head, weights, out):  # type: ignore[no-untyped-def]
-    """The query heads ``query [g, w]`` of a KV head, ``keys [blocks, size, w]``; ``weights [g, n]`` is room."""
-    size, group = keys.shape[1], query.shape[0]
-    past = (end + size - 1) // size
-    for index in range(start // size, past):
-        block = keys[blocks[index]]
-        following = keys[blocks[index + 1]] if index + 1 < past else values[blocks[start // size]]
-        for i in range(min(size, end - index * size)):
-            _ask_for(following, i, size)
-            k = block[i]
-            for member in range(group):
-                q = query[member]
-                score = ZERO
-                for j in range(k.shape[0]):
-                    score += q[j] * k[j]
-                weights[member, index * size + i] = score
-    for member in range(group):
-        _softmax(weights[member, start:end], scaling, sinks, first_head + member)
-        target = out[member]
-        for j in range(target.shape[0]):
-            target[j] = ZERO
-    for index in range(start // size, past):
-        first, last = max(start, index * size), min(end, (index + 1) * size)
-        block = values[blocks[index], first - index * size : last - index * size]
-        for member in range(group):
-            if index + 1 < past:
-                _ask_for(values[blocks[index + 1]], member, group)
-            _add_weighted(block, weights[member, first:last], out[member])
+@njit(error_model="numpy")
+def _gather(weights, weights_step, rows, values, size, width, blocks, first, past, end, zeros, out, out_step):  # type: ignore[no-untyped-def]
+    """``out[r] = sum of weights[r, k] * value k``; rows of ``out`` are whole tiles wide."""
+    for index in range(first, past):
+        place = values + blocks[index] * width * size * SIZE
+        following = values + blocks[min(index + 1, past - 1)] * width * size * SIZE
+        count = min(size, end - index * size)
+        for column in range(0, width, COLUMNS):
+            target = out + column * SIZE
+            _multiply(
+                rows, place + column * SIZE, _HALF, width * SIZE, count, weights + index * size * SIZE, weights_step,
+                target, _HALF, out_step, zeros if index == first else target, 0 if index == first else out_step,
+                following + column * size * SIZE, 2 * _HALF,
+            )  # fmt: skip
 
 
 @cfunc("void(CPointer(int64))", fastmath=FLAGS, error_model="numpy", cache=True)
 def _attend(task):  # type: ignore[no-untyped-def]
-    """See ``attend``. A task is a sequence and a KV head with its query heads."""
-    _, query_at, keys_at, values_at, table_at, lengths_at, sinks_at, out_at = carray(task, 8)
-    sizes = carray(task, 19)[8:]
-    batch, heads, shared, blocks, size, width, value_width, columns, window, num_sinks, scaling_bits = sizes
-    query, out = carray(floats(query_at), (batch, heads, width)), carray(floats(out_at), (batch, heads, value_width))
-    keys = carray(floats(keys_at), (shared, blocks, size, width))
-    values = carray(floats(values_at), (shared, blocks, size, value_width))
-    table, lengths = carray(integers(table_at), (batch, columns)), carray(integers(lengths_at), batch)
-    sinks = carray(floats(sinks_at), num_sinks)
+    """See ``attention``. A task is a piece of a sequence and a KV head with its query heads."""
+    _, query_at, keys_at, values_at, plan_at, sinks_at, out_at = carray(task, 7)
+    tokens, heads, shared, blocks, size, width, value_width, window, num_sinks, scaling_bits = carray(task, 17)[7:]
+    count, longest, table_at, pieces_at, _ = carray(integers(plan_at), 5)
+    query, out = carray(floats(query_at), (tokens, heads, width)), carray(floats(out_at), (tokens, heads, value_width))
+    pieces, sinks = carray(integers(pieces_at), (count, 4)), carray(floats(sinks_at), num_sinks)
     scaling = np.float32(np.int64(scaling_bits).view(np.float64))
     group = heads // shared
-    weights = np.empty((group, columns * size), np.float32)
+    most = max(ROWS, group)
+    scores = np.empty((most, longest + 2 * COLUMNS), np.float32)
+    sums = np.empty((most, (value_width + COLUMNS - 1) // COLUMNS * COLUMNS), np.float32)
+    packed = np.empty((most, width), np.float32)
+    zeros, lanes = np.zeros(COLUMNS, np.float32), np.empty(LANES, np.float32)
     while True:
         index = take(task)
-        if index >= batch * shared:
+        if index >= count * shared:
             return
-        sequence, head = index // shared, index % shared
-        first, last = head * group, (head + 1) * group
-        end = lengths[sequence]
-        start = max(0, end - window) if window > 0 else 0
-        _attend_one(
-            query[sequence, first:last], keys[head], values[head], table[sequence], start, end, scaling,
-            sinks, first, weights, out[sequence, first:last],
+        number, head = index // shared, index % shared
+        row, some, start, offset = pieces[number]
+        end = start + some
+        table = carray(integers(table_at + offset * 8), (end + size - 1) // size)
+        low = max(0, start + 1 - window) if window > 0 else 0
+        first, past, rows = low // size, len(table), some * group
+        for i in range(rows):
+            source = query[row + i // group, head * group + i % group]
+            for j in range(width):
+                packed[i, j] = source[j]
+        keys = keys_at + head * blocks * size * width * SIZE
+        values = values_at + head * blocks * size * value_width * SIZE
+        _score(
+            packed.ctypes.data, rows, width, keys, size, table, first, past, end, zeros.ctypes.data,
+            scores.ctypes.data, scores.shape[1] * SIZE, values + table[first] * value_width * size * SIZE,
         )  # fmt: skip
+        for i in range(rows):
+            seen = start + i // group + 1
+            begin = max(0, seen - window) if window > 0 else 0
+            _softmax(scores[i, begin:seen], scaling, sinks, head * group + i % group, lanes)
+            scores[i, first * size : begin] = ZERO
+            scores[i, seen:end] = ZERO
+        _gather(
+            scores.ctypes.data, scores.shape[1] * SIZE, rows, values, size, value_width, table, first, past, end,
+            zeros.ctypes.data, sums.ctypes.data, sums.shape[1] * SIZE,
+        )  # fmt: skip
+        for i in range(rows):
+            target = out[row + i // group, head * group + i % group]
+            for j in range(value_width):
+                target[j] = sums[i, j]
 
 
-def attend(
-    query: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    table: torch.Tensor,
-    lengths: torch.Tensor,
-    scaling: float,
-    window: int,
-    sinks: torch.Tensor | None,
-) -> torch.Tensor:
-    """Each row of ``query [B, h, w]`` attends to the last ``window`` (0: all) of ``lengths[b]`` cached tokens.
+def tokens_at_once(heads: int, shared: int) -> int:
+    """Tokens of a prompt that a task of ``attention`` best takes, with so many query heads to so many KV heads."""
+    return max(1, ROWS // (heads // shared))
 
-    ``keys [k, blocks, size, w]`` and ``values [k, blocks, size, v]`` are pools; ``table [B, n]`` and ``lengths [B]``,
-    int64, each sequence's blocks and tokens; ``sinks [h]``: one more logit of each head, without a value. All are
-    contiguous. Gives ``[B, h, v]``.
+
+class Plan:
+    """Which tokens a step has: ``address`` stays as it is, what stands there is that of the last ``set``.
+
+    ``pieces [n, 4]`` are runs of tokens that follow each other: the first row, how many (``tokens_at_once`` at most),
+    the position of the first, and where in ``table`` its sequence's blocks begin. Keys and values of row ``t`` go to
+    place ``targets[t]``, ``block * size + index``. No sequence reaches beyond ``longest`` tokens. All are int64.
     """
-    batch, heads, width = query.shape
-    shared, blocks, size, value_width = values.shape
-    out = torch.empty(batch, heads, value_width)
-    parts = (query, keys, values, table, lengths, query if sinks is None else sinks, out)
-    addresses = (part.data_ptr() for part in parts)
-    sizes = (batch, heads, shared, blocks, size, width, value_width, table.shape[1])
-    num_sinks = 0 if sinks is None else len(sinks)
-    run(_attend, batch * shared, [*addresses, *sizes, window, num_sinks, as_integer(scaling)])
-    return out
+
+    def __init__(self) -> None:
+        self._numbers = torch.zeros(5, dtype=torch.int64)
+        self.address = self._numbers.data_ptr()
+
+    def set(self, table: torch.Tensor, pieces: torch.Tensor, targets: torch.Tensor, longest: int) -> None:
+        self._parts = table, pieces, targets
+        self.count = len(pieces)
+        self._numbers.copy_(torch.tensor([self.count, longest, *(part.data_ptr() for part in self._parts)]))
+
+
+def attention(
+    query: int,
+    pools: tuple[torch.Tensor, torch.Tensor],
+    plan: Plan,
+    out: int,
+    tokens: int,
+    heads: int,
+    scaling: float,
+    window: int = 0,
+    sinks: torch.Tensor | None = None,
+) -> Work:
+    """Each row of ``query [T, h, w]`` attends to the last ``window`` (0: all) tokens of its sequence up to itself.
+
+    ``pools`` are keys ``[k, blocks, w, size]`` and values ``[k, blocks, size, v]`` with ``SLACK`` behind them, in which
+    all these tokens stand. ``sinks [h]``: one more logit of each head, without a value; it must be kept. All are
+    contiguous. ``out`` gets ``[T, h, v]``; like ``query``, it is an address.
+    """
+    keys, values = pools
+    width, (shared, blocks, size, value_width) = keys.shape[2], values.shape
+    logits, num_sinks = (0, 0) if sinks is None else (sinks.data_ptr(), len(sinks))
+    sizes = tokens, heads, shared, blocks, size, width, value_width, window, num_sinks, as_integer(scaling)
+    return _attend, [query, keys.data_ptr(), values.data_ptr(), plan.address, logits, out, *sizes]

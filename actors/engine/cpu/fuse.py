@@ -29,8 +29,8 @@ def fuse(model: MoEModel, joined: Joined) -> None:
     generator = torch.Generator().manual_seed(0)
     counts: Counter[str] = Counter()
     for module in model.module.modules():
-        for name, attempt in (("norms", _norm), ("MLPs", _mlp), ("attentions", _attention)):
-            if attempt(module, model, joined, generator):
+        for name, replace in (("norms", _norm), ("MLPs", _mlp), ("attentions", _attention)):
+            if replace(module, model, joined, generator):
                 counts[name] += 1
     logger.info("fused %s", ", ".join(f"{count} {name}" for name, count in counts.items()) or "nothing")
 
@@ -89,7 +89,7 @@ def _attention(module: Any, model: MoEModel, joined: Joined, generator: torch.Ge
     sample = torch.randn(1, _SAMPLE_ROWS, parts[0].in_features, generator=generator)  # type: ignore[union-attr]
     recorder = _Recorder()
     model.attention = recorder
-    own = _result(lambda: module.forward(sample, position_embeddings=(angles.cos(), angles.sin()), attention_mask=None))
+    own = attempt(lambda: module.forward(sample, position_embeddings=(angles.cos(), angles.sin()), attention_mask=None))
     if own is None or len(recorder.calls) != 1 or recorder.calls[0][3].shape[3] != width:
         return False
     layer, _, _, _, *settings = recorder.calls[0]
@@ -104,7 +104,7 @@ def _attention(module: Any, model: MoEModel, joined: Joined, generator: torch.Ge
         output = model.attention.forward(layer, query, key, value, *settings)
         return outer(output.reshape(1, tokens, -1)), None
 
-    result = _result(lambda: forward(sample, position_embeddings=(angles.cos(), angles.sin())))
+    result = attempt(lambda: forward(sample, position_embeddings=(angles.cos(), angles.sin())))
     first, second = recorder.calls[0], recorder.calls[-1]
     if result is None or not all(map(agree, (own[0], *first[1:4]), (result[0], *second[1:4]))):
         return False
@@ -117,13 +117,13 @@ def _is_float32(weight: Any) -> bool:
 
 
 def _take(module: Any, forward: Callable[[torch.Tensor], torch.Tensor], sample: torch.Tensor) -> bool:
-    if not agree(_result(lambda: module.forward(sample)), _result(lambda: forward(sample))):
+    if not agree(attempt(lambda: module.forward(sample)), attempt(lambda: forward(sample))):
         return False
     module.forward = forward
     return True
 
 
-def _result(call: Callable[[], Any]) -> Any:
+def attempt(call: Callable[[], Any]) -> Any:
     """None when it raises: a module that wants other arguments is not one of those meant here."""
     try:
         return call()
@@ -131,8 +131,8 @@ def _result(call: Callable[[], Any]) -> Any:
         return None
 
 
-def agree(own: torch.Tensor | None, fused: torch.Tensor | None) -> bool:
+def agree(own: torch.Tensor | None, fused: torch.Tensor | None, tolerance: float = _TOLERANCE) -> bool:
     """Whether two results are of one shape and differ by rounding at most."""
     if own is None or fused is None or own.shape != fused.shape:
         return False
-    return bool((own - fused).abs().max() <= _TOLERANCE * own.abs().max())
+    return bool((own - fused).abs().max() <= tolerance * own.abs().max())

@@ -12,14 +12,18 @@ Rows are independent of each other: where there are many, torch's threads share 
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from numba import carray, cfunc, njit
 
-from actors.engine.cpu.threads import as_integer, floats, run, take
+from actors.engine.cpu.threads import as_integer, floats, integers, run, take
 
 FLAGS = {"reassoc", "contract", "nsz", "arcp", "afn"}
 LOG2_E = np.float32(1.4426950408889634)
+Work = tuple[Any, list[int]]
+"""For ``threads.Program``, and its arguments."""
 ZERO, ONE, HALF = np.float32(0), np.float32(1), np.float32(0.5)
 # Elements below which waking a thread costs more than it saves.
 _FEW = 32768
@@ -58,15 +62,24 @@ def _norm(x, weight, epsilon, out):  # type: ignore[no-untyped-def]
 
 @cfunc("void(CPointer(int64))", fastmath=FLAGS, error_model="numpy", cache=True)
 def _rms_norm(task):  # type: ignore[no-untyped-def]
-    _, x_at, weight_at, out_at, rows, width, shares, epsilon = carray(task, 8)
+    _, x_at, delta_at, weight_at, out_at, rows, width, shares, epsilon = carray(task, 9)
     x, out = carray(floats(x_at), (rows, width)), carray(floats(out_at), (rows, width))
-    weight = carray(floats(weight_at), width)
+    delta, weight = carray(floats(delta_at), (rows, width)), carray(floats(weight_at), width)
     while True:
         share = take(task)
         if share >= shares:
             return
         some = slice(rows * share // shares, rows * (share + 1) // shares)
+        if delta_at != 0:
+            for row in range(some.start, some.stop):
+                for i in range(width):
+                    x[row, i] += delta[row, i]
         _norm(x[some], weight, np.float32(np.int64(epsilon).view(np.float64)), out[some])
+
+
+def norm(x: int, delta: int, weight: int, out: int, rows: int, width: int, epsilon: float) -> Work:
+    """``x += delta`` if that is not 0, then ``out = rms_norm(x)``: addresses of rows of ``width``."""
+    return _rms_norm, [x, delta, weight, out, rows, width, as_shares(rows, width), as_integer(epsilon)]
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
@@ -74,8 +87,8 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Ten
     x = x.contiguous()
     out = torch.empty_like(x)
     rows, width = x.numel() // len(weight), len(weight)
-    shares = _shares(rows, width)
-    run(_rms_norm, shares, [*_addresses(x, weight, out), rows, width, shares, as_integer(epsilon)])
+    work, arguments = norm(x.data_ptr(), 0, weight.data_ptr(), out.data_ptr(), rows, width, epsilon)
+    run(work, as_shares(rows, width), arguments)
     return out
 
 
@@ -101,14 +114,19 @@ def _silu_and_mul(task):  # type: ignore[no-untyped-def]
         _gate(x[some], out[some])
 
 
+def gate(x: int, out: int, rows: int, width: int) -> Work:
+    """``silu_and_mul`` of ``rows`` of ``2 * width`` at address ``x``, to ``out``."""
+    return _silu_and_mul, [x, out, rows, width, as_shares(rows, 2 * width)]
+
+
 def silu_and_mul(x: torch.Tensor) -> torch.Tensor:
     """``[..., 2 * w] -> [..., w]``: SiLU of the first half times the second."""
     x = x.contiguous()
     width = x.shape[-1] // 2
     out = torch.empty(*x.shape[:-1], width)
     rows = out.numel() // width
-    shares = _shares(rows, 2 * width)
-    run(_silu_and_mul, shares, [*_addresses(x, out), rows, width, shares])
+    work, arguments = gate(x.data_ptr(), out.data_ptr(), rows, width)
+    run(work, as_shares(rows, 2 * width), arguments)
     return out
 
 
@@ -162,7 +180,7 @@ def split_and_rotate(
     joined, cosine, sine = joined.contiguous(), cosine.contiguous(), sine.contiguous()
     tokens, width = len(joined), joined.shape[1] // (heads + 2 * shared)
     query, key, value = (torch.empty(tokens, count, width) for count in (heads, shared, shared))
-    shares = _shares(tokens, joined.shape[1])
+    shares = as_shares(tokens, joined.shape[1])
     addresses = _addresses(joined, cosine, sine, query, key, value)
     run(_split_and_rotate, shares, [*addresses, tokens, heads, shared, width, cosine.shape[1], shares])
     return query, key, value
@@ -172,22 +190,80 @@ def _addresses(*parts: torch.Tensor) -> list[int]:
     return [part.data_ptr() for part in parts]
 
 
-def _shares(rows: int, width: int) -> int:
+def as_shares(rows: int, width: int) -> int:
     """In how many tasks so many rows are done."""
     return 1 if rows * width < _FEW else min(rows, _SHARES * torch.get_num_threads())
 
 
-@njit(
-    "void(float32[:, :, ::1], float32[:, :, ::1], int64[::1])",
-    fastmath=FLAGS,
-    error_model="numpy",
-    nogil=True,
-    cache=True,
-)
-def store(pool, new, targets):  # type: ignore[no-untyped-def]
-    """``pool[:, targets[t]] = new[t]``: ``pool [heads, slots, w]``, ``new [T, heads, w]``."""
-    for token in range(len(targets)):
-        for head in range(pool.shape[0]):
-            source, target = new[token, head], pool[head, targets[token]]
-            for i in range(pool.shape[2]):
-                target[i] = source[i]
+@njit(error_model="numpy")
+def put(keys, values, key, value, target):  # type: ignore[no-untyped-def]
+    """A token's ``key [heads, w]`` and ``value [heads, v]`` to place ``target`` of the pools: see ``store``."""
+    block, place = target // keys.shape[3], target % keys.shape[3]
+    for head in range(keys.shape[0]):
+        for i in range(keys.shape[2]):
+            keys[head, block, i, place] = key[head, i]
+        for i in range(values.shape[3]):
+            values[head, block, place, i] = value[head, i]
+
+
+@cfunc("void(CPointer(int64))", error_model="numpy", cache=True)
+def _store(task):  # type: ignore[no-untyped-def]
+    _, keys_at, values_at, key_at, value_at, targets_at, tokens, heads, blocks, size, width, value_width, shares = (
+        carray(task, 13)
+    )
+    keys = carray(floats(keys_at), (heads, blocks, width, size))
+    values = carray(floats(values_at), (heads, blocks, size, value_width))
+    key, value = carray(floats(key_at), (tokens, heads, width)), carray(floats(value_at), (tokens, heads, value_width))
+    targets = carray(integers(targets_at), tokens)
+    while True:
+        share = take(task)
+        if share >= shares:
+            return
+        for token in range(tokens * share // shares, tokens * (share + 1) // shares):
+            put(keys, values, key[token], value[token], targets[token])
+
+
+def store(
+    keys: torch.Tensor, values: torch.Tensor, key: torch.Tensor, value: torch.Tensor, targets: torch.Tensor
+) -> None:
+    """Writes ``key [T, heads, w]`` and ``value [T, heads, v]`` to places ``targets [T]``, int64, of two pools.
+
+    ``keys [heads, blocks, w, size]``, ``values [heads, blocks, size, v]``; a place is ``block * size + index``.
+    """
+    heads, blocks, width, size = keys.shape
+    tokens, value_width = len(targets), value.shape[2]
+    shares = as_shares(tokens, heads * (width + value_width))
+    sizes = (tokens, heads, blocks, size, width, value_width, shares)
+    run(_store, shares, [*_addresses(keys, values, key, value, targets), *sizes])
+
+
+@cfunc("void(CPointer(int64))", fastmath=FLAGS, error_model="numpy", cache=True)
+def _rotate_and_store(task):  # type: ignore[no-untyped-def]
+    _, joined_at, cosine_at, sine_at, query_at, keys_at, values_at, plan_at = carray(task, 8)
+    tokens, heads, shared, width, turned, blocks, size, shares = carray(task, 16)[8:]
+    joined = carray(floats(joined_at), (tokens, (heads + 2 * shared) * width))
+    cosine, sine = carray(floats(cosine_at), (tokens, turned)), carray(floats(sine_at), (tokens, turned))
+    query = carray(floats(query_at), (tokens, heads, width))
+    keys = carray(floats(keys_at), (shared, blocks, width, size))
+    values = carray(floats(values_at), (shared, blocks, size, width))
+    targets = carray(integers(integers(plan_at)[4]), tokens)
+    key, value = np.empty((1, shared, width), np.float32), np.empty((1, shared, width), np.float32)
+    while True:
+        share = take(task)
+        if share >= shares:
+            return
+        for token in range(tokens * share // shares, tokens * (share + 1) // shares):
+            one = slice(token, token + 1)
+            _split(joined[one], cosine[one], sine[one], query[one], key, value)
+            put(keys, values, key[0], value[0], targets[token])
+
+
+def rotate_and_store(
+    joined: int, cosine: int, sine: int, query: int, pools: tuple[torch.Tensor, torch.Tensor], plan: int,
+    tokens: int, heads: int, turned: int,
+) -> Work:  # fmt: skip
+    """``split_and_rotate`` with keys and values to where ``plan`` (of ``attend``) says; the others are addresses."""
+    shared, blocks, width, size = pools[0].shape
+    shares = as_shares(tokens, (heads + 2 * shared) * width)
+    sizes = tokens, heads, shared, width, turned, blocks, size, shares
+    return _rotate_and_store, [joined, cosine, sine, query, *_addresses(*pools), plan, *sizes]

@@ -36,6 +36,11 @@ class Linear:
         make = _InPanels if weight.dtype == torch.float32 else _InBlocks
         self._product: _Product = make(weight, bias)
 
+    @property
+    def panels(self) -> Panels | None:
+        """The weights, if they are float32."""
+        return self._product.panels if isinstance(self._product, _InPanels) else None
+
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         return self._product.of(x.reshape(-1, x.shape[-1])).view(*x.shape[:-1], sum(self.sizes))
 
@@ -47,11 +52,11 @@ class _Product(Protocol):
 
 class _InPanels:
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
-        self._panels = Panels(1, *weight.shape)
-        self._panels.fill(0, weight, bias)
+        self.panels = Panels(1, *weight.shape)
+        self.panels.fill(0, weight, bias)
 
     def of(self, x: torch.Tensor) -> torch.Tensor:
-        return self._panels.multiply(x, [(0, len(x), 0)])
+        return self.panels.multiply(x, [(0, len(x), 0)])
 
 
 class _InBlocks:

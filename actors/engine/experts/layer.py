@@ -101,10 +101,7 @@ class Experts:
         Raises PeerLost (the step is void), ExpertsBroken (this rank is lost), ValueError (called out of turn or with
         a number of rows other than announced; the step can still be finished).
         """
-        if layer != self._next or len(hidden) != self._own:
-            raise ValueError(
-                f"MoE layer {layer} ran with {len(hidden)} rows; layer {self._next} with {self._own} was announced"
-            )
+        self._expect(layer, len(hidden))
         rows = self._exchange(layer, hidden, ids)
         return torch.bmm(weights.to(rows.dtype).unsqueeze(1), rows).squeeze(1)
 
@@ -114,6 +111,21 @@ class Experts:
         ids = torch.full((self._own, self.top_k), EMPTY_SLOT, device=self.device)
         for layer in range(self._next, len(self.layers)):
             self._exchange(layer, hidden, ids)
+
+    def run_elsewhere(self, rows: int) -> None:
+        """All layers of this step run at once, outside, with ``rows``; whoever runs them counts in ``chosen``.
+
+        Raises ValueError as ``forward`` does.
+        """
+        self._expect(0, rows)
+        self.computed += len(self.layers) * rows * self.top_k
+        self._next = len(self.layers)
+
+    def _expect(self, layer: int, rows: int) -> None:
+        if layer != self._next or rows != self._own:
+            raise ValueError(
+                f"MoE layer {layer} ran with {rows} rows; layer {self._next} with {self._own} was announced"
+            )
 
     def _exchange(self, layer: int, hidden: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         """Unweighted results ``[T, k, H]`` of this rank's rows (``[0, k, H]`` where no row has an expert)."""

@@ -6,7 +6,7 @@ meta device, or become the slots.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -185,6 +185,23 @@ class PanelSlots:
         self._filled: set[int] = set()
         self._activate = _activation(module)
 
+    @property
+    def panels(self) -> tuple[Any, Any]:
+        """What ``compute`` multiplies by before and after the activation."""
+        return self._up, self._down
+
+    @property
+    def gated(self) -> bool:
+        """Whether that activation is the SiLU of the first half times the second."""
+        from actors.engine.cpu.kernels import silu_and_mul
+
+        return self._activate is silu_and_mul
+
+    def check(self, slots: Set[int]) -> None:
+        """Raises LookupError if one of ``slots`` is empty."""
+        for slot in slots - self._filled:
+            raise _empty(slot)
+
     def make(self, weights: Mapping[str, torch.Tensor]) -> tuple[Any, Any]:
         made = self._room(_up(self.module), 1), self._room("down_proj", 1)
         for panels, name in zip(made, (_up(self.module), "down_proj"), strict=True):
@@ -197,9 +214,7 @@ class PanelSlots:
         self._filled.add(slot)
 
     def compute(self, rows: torch.Tensor, groups: Sequence[Group]) -> torch.Tensor:
-        for _, _, slot in groups:
-            if slot not in self._filled:
-                raise _empty(slot)
+        self.check({slot for _, _, slot in groups})
         return self._down.multiply(self._activate(self._up.multiply(rows, groups)), groups)
 
     def _room(self, name: str, count: int) -> Any:

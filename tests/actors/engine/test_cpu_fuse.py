@@ -10,6 +10,7 @@ import tiny_models
 import torch
 from transformers import AutoModelForCausalLM
 
+from actors.engine import steps
 from actors.engine.batch import Batch, Slice
 from actors.engine.config import EngineConfig
 from actors.engine.cpu import fuse
@@ -28,6 +29,10 @@ OTHERWISE = {
 }
 
 
+# All steps of few rows are one program.
+WHOLE = ("mixtral", "qwen2_moe", "llama")
+
+
 def runner(path: Path) -> ModelRunner:
     shape = summarize(path)
     config = EngineConfig(model=str(path), kv_blocks=20, block_size=8, max_model_len=64)
@@ -39,7 +44,9 @@ def runner(path: Path) -> ModelRunner:
 def test_logits_are_those_of_transformers(family: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = tiny_models.build(family, tmp_path)
     caplog.set_level(logging.INFO, fuse.__name__)
+    caplog.set_level(logging.INFO, steps.__name__)
     made = runner(path)
+    assert ("decoder runs as one program" in caplog.messages) == (family in WHOLE)
     (line,) = [record.getMessage() for record in caplog.records if record.name == fuse.__name__]
     for kind in ("norms", "MLPs", "attentions"):
         assert (kind in line) == (family not in OTHERWISE.get(kind, ())), line

@@ -14,6 +14,8 @@ from actors.engine.attention.torch_sdpa import TorchPagedAttention
 from actors.engine.batch import Batch, Slice
 from actors.wire import SamplingParams
 
+Kind = TorchPagedAttention | CompiledPagedAttention
+
 BLOCK = 4
 BLOCKS = 700
 SCALE = 0.3
@@ -29,7 +31,7 @@ class Sequence:
     blocks: list[int]
 
 
-def make(kind: type[TorchPagedAttention], shape: KVShape) -> TorchPagedAttention:
+def make(kind: type[Kind], shape: KVShape) -> Kind:
     if kind is CompiledPagedAttention:
         return CompiledPagedAttention([shape], BLOCKS, BLOCK)
     return TorchPagedAttention([shape], BLOCKS, BLOCK, torch.float32, CPU)
@@ -53,7 +55,7 @@ def sequences(shape: KVShape, lengths: list[int], seed: int = 0) -> list[Sequenc
 
 
 def step(
-    attention: TorchPagedAttention,
+    attention: Kind,
     made: list[Sequence],
     spans: list[tuple[int, int]],
     query: torch.Tensor,
@@ -102,7 +104,7 @@ def by_hand(
     ("shape", "heads"), [(KVShape(2, 8, 8), 6), (KVShape(4, 12, 5), 4), (KVShape(1, 8, 8), 3)], ids=str
 )
 def test_chunks_and_decodes_see_what_they_should(
-    shape: KVShape, heads: int, window: int | None, sinks: bool, kind: type[TorchPagedAttention]
+    shape: KVShape, heads: int, window: int | None, sinks: bool, kind: type[Kind]
 ) -> None:
     """Every sequence is prefilled in chunks of any size (whole, cut inside a block, of one token), then decoded, in
     batches whose sequences differ a lot in length."""
@@ -132,7 +134,7 @@ def test_chunks_and_decodes_see_what_they_should(
 
 
 @both_kinds
-def test_many_decodes_at_once(kind: type[TorchPagedAttention]) -> None:
+def test_many_decodes_at_once(kind: type[Kind]) -> None:
     shape = KVShape(2, 8, 8)
     lengths = [60 + i % 7 for i in range(39)] + [9]
     made = sequences(shape, lengths)
@@ -147,9 +149,7 @@ def test_many_decodes_at_once(kind: type[TorchPagedAttention]) -> None:
 
 @pytest.mark.parametrize("first", [1, 4, 6])
 @both_kinds
-def test_nan_left_in_a_block_by_its_last_owner_does_not_reach_the_next(
-    kind: type[TorchPagedAttention], first: int
-) -> None:
+def test_nan_left_in_a_block_by_its_last_owner_does_not_reach_the_next(kind: type[Kind], first: int) -> None:
     shape = KVShape(2, 8, 8)
     (made,) = sequences(shape, [10])
     attention = make(kind, shape)
@@ -163,7 +163,7 @@ def test_nan_left_in_a_block_by_its_last_owner_does_not_reach_the_next(
 
 @both_kinds
 @pytest.mark.parametrize("bad", ["key", "value", "query"])
-def test_nan_shows_in_its_own_sequence_and_no_other(kind: type[TorchPagedAttention], bad: str) -> None:
+def test_nan_shows_in_its_own_sequence_and_no_other(kind: type[Kind], bad: str) -> None:
     shape = KVShape(2, 8, 8)
     made = sequences(shape, [10, 10])
     attention = make(kind, shape)
