@@ -26,7 +26,7 @@ MODULES = {
         "actors.engine.mailbox",
         "actors.engine.runner",
     ),
-    "cpu": ("actors.engine.cpu.fuse", "actors.engine.cpu.linear"),
+    "cpu": ("actors.engine.attention.compiled", "actors.engine.cpu.decoder", "actors.engine.cpu.fuse"),
     "cuda": ("actors.engine.cuda.steps", "actors.engine.cuda.fuse", "actors.engine.cuda.peers"),
 }
 
