@@ -17,9 +17,6 @@ from actors.engine.cuda.overlap import await_previous, fetch_ahead, late, launch
 from actors.engine.cuda.paged import pool_rows, power
 from actors.engine.cuda.rotary import Heads, partner, rotated, scaled
 
-# Whether a program's first tile comes to registers before the kernel's turn.
-EARLY = False
-
 
 @triton.jit
 def _turned(  # type: ignore[no-untyped-def]
@@ -50,7 +47,7 @@ def _decode(  # type: ignore[no-untyped-def]
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, WIDTH: tl.constexpr, ROTATED: tl.constexpr, ANGLES: tl.constexpr,
     NORM: tl.constexpr, ROUND_BEFORE_SCALE: tl.constexpr, PAGE: tl.constexpr, UNROLL: tl.constexpr,
     G: tl.constexpr, M: tl.constexpr, N: tl.constexpr, D: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
-    EARLY: tl.constexpr, OVERLAP: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     let_next_start(OVERLAP)
     split, head, sequence = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -71,9 +68,8 @@ def _decode(  # type: ignore[no-untyped-def]
     tokens = begin + tl.arange(0, N)
     read = (tokens >= low) & (tokens < end)
     rows = pool_rows(tl.load(table + tokens // PAGE, mask=read, other=0), tokens % PAGE, head, KV_HEADS, PAGE)[:, None]
-    if EARLY:
-        first_key = load_part(keys, rows, read, WIDTH, D, True)
-        first_value = load_part(values, rows, read, WIDTH, D, True)
+    first_key = load_part(keys, rows, read, WIDTH, D, True)
+    first_value = load_part(values, rows, read, WIDTH, D, True)
     if OVERLAP:
         ahead = begin + tl.arange(0, 2 * N)
         there = (ahead >= low) & (ahead < end)
@@ -83,21 +79,17 @@ def _decode(  # type: ignore[no-untyped-def]
         sectors = tl.minimum(tl.arange(0, D // sector) * sector, WIDTH - 1)[None, :]
         fetch_ahead(keys + lines + sectors)
         fetch_ahead(values + lines + sectors)
-        if EARLY:  # since the last step, or layer, many weights have been through the cache
-            column = tl.minimum(tl.arange(0, D), WIDTH - 1)
-            if NORM:
-                fetch_ahead(query_norm + column)
-                fetch_ahead(key_norm + column)
-            angle = sequence.to(tl.int64) * angle_row + tl.minimum(column, ANGLES - 1)
-            fetch_ahead(cosine + angle)
-            fetch_ahead(sine + angle)
-            fetch_ahead(arrivals + sequence * KV_HEADS + head + tl.arange(0, 1))
+        # Since the last step, or layer, many weights have been through the cache.
+        column = tl.minimum(tl.arange(0, D), WIDTH - 1)
+        if NORM:
+            fetch_ahead(query_norm + column)
+            fetch_ahead(key_norm + column)
+        angle = sequence.to(tl.int64) * angle_row + tl.minimum(column, ANGLES - 1)
+        fetch_ahead(cosine + angle)
+        fetch_ahead(sine + angle)
+        fetch_ahead(arrivals + sequence * KV_HEADS + head + tl.arange(0, 1))
     await_previous(OVERLAP)
-    if EARLY:
-        first_key, first_value = late(first_key, OVERLAP), late(first_value, OVERLAP)
-    else:
-        first_key = load_part(keys, rows, read, WIDTH, D, True)
-        first_value = load_part(values, rows, read, WIDTH, D, True)
+    first_key, first_value = late(first_key, OVERLAP), late(first_value, OVERLAP)
 
     dtype = joint.dtype.element_ty
     members, d = tl.arange(0, M), tl.arange(0, D)
@@ -215,6 +207,6 @@ def decode_joint(
         KV_HEADS=kv_heads, GROUP=group, WIDTH=width, ROTATED=heads.rotated, ANGLES=cosine.shape[-1],
         NORM=heads.query_norm is not None, ROUND_BEFORE_SCALE=heads.round_before_scale, PAGE=page,
         UNROLL=max(1, min(16, 16384 // (members * padded))), G=members, M=tiles.rows, N=tiles.tokens, D=padded,
-        STAGES=tiles.stages, PRECISION=precision(joint.dtype), EARLY=EARLY,
+        STAGES=tiles.stages, PRECISION=precision(joint.dtype),
         num_warps=tiles.warps, **launch(joint.device, count),
     )  # fmt: skip
