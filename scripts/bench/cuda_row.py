@@ -39,29 +39,11 @@ HEADS, SHARED, WIDTH, CONTEXT, BLOCK = 32, 4, 128, 1024, 16
 DTYPE, DEVICE, SCALE, EPSILON = torch.bfloat16, torch.device("cuda"), 128**-0.5, 1e-6
 
 # What each way sets, by module.
-NOW: dict[tuple[Any, str], Any] = {
-    (cuda_experts, "ROW_STAYS"): False,
-    (cuda_experts, "ROW_EXPAND"): (8, 4),
-    (cuda_experts, "ROW_CONTRACT"): (2, 4),
-    (cuda_router, "COMPARED"): 0,
-    (cuda_router, "_ROW_COLUMNS"): 4,
-    (attend_joint, "EARLY"): False,
-}
-STAYS: dict[tuple[Any, str], Any] = {(cuda_experts, "ROW_STAYS"): True}
-COMPARED: dict[tuple[Any, str], Any] = {(cuda_router, "COMPARED"): 256}
-EARLY: dict[tuple[Any, str], Any] = {(attend_joint, "EARLY"): True}
-BOTH = STAYS | COMPARED
+NOW: dict[tuple[Any, str], Any] = {}
 
 
 def ways() -> list[tuple[str, dict[tuple[Any, str], Any]]]:
-    found = [("now", NOW), ("experts in two kernels", STAYS), ("experts compared", COMPARED), ("keys early", EARLY)]
-    found += [("both", BOTH), ("all three", BOTH | EARLY)]
-    for most, programs in ((8, 5), (4, 8), (16, 2)):
-        found.append((f"both, expand {most, programs}", BOTH | {(cuda_experts, "ROW_EXPAND"): (most, programs)}))
-    for cut in ((1, 2), (4, 8), (2, 8), (1, 4)):
-        found.append((f"both, contract {cut}", BOTH | {(cuda_experts, "ROW_CONTRACT"): cut}))
-    found.append(("both, router by 8", BOTH | {(cuda_router, "_ROW_COLUMNS"): 8}))
-    return [*found, ("now, again", NOW), ("both, again", BOTH)]
+    return [("now", NOW), ("now, again", NOW)]
 
 
 def random(*shape: int, scale: float = 1.0) -> torch.Tensor:
