@@ -54,7 +54,7 @@ def main() -> None:
     parser.add_argument("--decode", default="1,8,64,128", help="numbers of running requests")
     parser.add_argument("--requests", type=int, default=512, help="requests of the offline batch")
     parser.add_argument("--layers", type=int, default=48, help="decoder layers of the default shape")
-    parser.add_argument("--trial", default="", help="what is not built in yet: row, compared, early, fresh, wide")
+    parser.add_argument("--trial", default="", help="what is not built in yet: quick, tall, fine, ahead, stay, stream")
     parser.add_argument("--no-graphs", action="store_true", help="every step operator by operator")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(relativeCreated)7.0f ms %(message)s")
@@ -66,22 +66,15 @@ def main() -> None:
 
 
 def take(names: list[str]) -> None:
-    import cuda_wide
+    import cuda_row
 
-    from actors.engine.attention import triton_paged
-    from actors.engine.cuda import attend_joint, experts, router
-
-    experts.ROW_STAYS = "row" in names
-    router.COMPARED = 256 if "compared" in names else 0
-    attend_joint.EARLY = "early" in names
-    triton_paged.DENSE_FRESH = "fresh" in names
-    if "wide" in names:
-        wide = cuda_wide.multiply(cuda_wide.EXPAND[8192][1], cuda_wide.CONTRACT[8192][0])
-
-        def multiply(self: Any, layer: int, hidden: torch.Tensor) -> None:
-            (wide if len(hidden) >= 4096 else cuda_wide.PRESENT)(self, layer, hidden)
-
-        experts.CudaExperts._multiply = multiply  # type: ignore[method-assign]
+    parts = {
+        "quick": cuda_row.QUICK, "tall": cuda_row.TALL, "fine": cuda_row.FINE, "ahead": cuda_row.ahead(1),
+        "stay": cuda_row.ahead(2), "stream": cuda_row.STREAM,
+    }  # fmt: skip
+    for name in filter(None, names):
+        for (module, leaf), value in parts[name].items():
+            setattr(module, leaf, value)
 
 
 def measure(arguments: argparse.Namespace, model: Path) -> dict[str, Any]:

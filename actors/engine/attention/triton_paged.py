@@ -22,8 +22,6 @@ PROGRAMS = 264
 # A whole prompt of this many rows or more goes to torch's attention, padded to a multiple of DENSE_STEP because cuDNN
 # makes a plan for every shape it meets.
 DENSE_ROWS, DENSE_STEP = 4096, 256
-# Whether such a prompt's keys and values are taken as they were made, not gathered from the pools.
-DENSE_FRESH = False
 DENSE_BACKENDS = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION]
 
 
@@ -80,7 +78,7 @@ class TritonPagedAttention:
     ) -> torch.Tensor:
         """``forward`` with ``[T, heads, width]`` tensors, of any strides, and ``[T, heads, value_width]`` as result."""
         store(key, value, self._inputs.targets, self.keys[layer], self.values[layer])
-        return self.attend(layer, query, scaling, window, sinks, (key, value) if DENSE_FRESH else None)
+        return self.attend(layer, query, scaling, window, sinks, (key, value))
 
     def attend_joint(
         self,
@@ -104,8 +102,7 @@ class TritonPagedAttention:
                 scaling, window, sinks, self._splits(1, heads.shared), self._arrivals,
             )  # fmt: skip
             return out
-        plain = window is None and sinks is None and self._plain(keys.shape[3], values.shape[3])
-        if DENSE_FRESH and plain and any(map(self._whole, inputs.chunks)):
+        if any(self._goes_to_torch(chunk, layer, window, sinks) for chunk in inputs.chunks):
             parts = split_and_keep(joint, cosine, sine, heads)
             return self.store_and_attend(layer, *parts, scaling, window, sinks)
         query = split_and_rotate(joint, cosine, sine, heads, keys, values, inputs.targets)
@@ -122,20 +119,17 @@ class TritonPagedAttention:
     ) -> torch.Tensor:
         """``query [T, heads, key_width]`` to ``[T, heads, value_width]``; this step's keys and values are stored.
 
-        ``new`` are those keys and values ``[T, kv_heads, .]``, if they stand together.
+        ``new`` are those keys and values ``[T, kv_heads, .]``; without them nothing goes to torch.
         """
         inputs, keys, values = self._inputs, self.keys[layer], self.values[layer]
         decodes, chunks = inputs.decodes, inputs.chunks
-        plain = window is None and sinks is None and self._plain(keys.shape[3], values.shape[3])
 
         def dense(chunk: Chunk) -> bool:
-            return plain and self._whole(chunk)
+            return new is not None and self._goes_to_torch(chunk, layer, window, sinks)
 
         def prompt(chunk: Chunk) -> torch.Tensor:
             span = slice(chunk.first, chunk.first + chunk.count)
-            if new is None:
-                return self._dense(chunk, query[span], keys, values, scaling)
-            return self._causal(query[span], new[0][span], new[1][span], scaling)
+            return self._causal(query[span], new[0][span], new[1][span], scaling)  # type: ignore[index]
 
         if chunks and chunks[0].count == len(query) and dense(chunks[0]):
             return prompt(chunks[0])
@@ -168,13 +162,15 @@ class TritonPagedAttention:
             return 1
         return max(1, min(MAX_SPLITS, PROGRAMS // (sequences * kv_heads)))
 
+    def _goes_to_torch(self, chunk: Chunk, layer: int, window: int | None, sinks: torch.Tensor | None) -> bool:
+        """Whether it is a long whole prompt for which torch has a fast attention: cuDNN's or FlashAttention's."""
+        if chunk.start or chunk.count < DENSE_ROWS or window is not None or sinks is not None:
+            return False
+        return self._plain(self.keys[layer].shape[3], self.values[layer].shape[3])
+
     def _plain(self, key_width: int, value_width: int) -> bool:
-        """Whether torch has a fast attention for these: cuDNN's or FlashAttention's."""
         fits = key_width == value_width and key_width % 8 == 0 and key_width <= 256
         return fits and self.dtype != torch.float32 and self.device.type == "cuda"
-
-    def _whole(self, chunk: Chunk) -> bool:
-        return chunk.start == 0 and chunk.count >= DENSE_ROWS
 
     def _causal(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float) -> torch.Tensor:
         """A whole prompt by torch: ``query [n, heads, w]``, ``key`` and ``value [n, kv_heads, w]``, to its shape."""
@@ -188,29 +184,4 @@ class TritonPagedAttention:
             result = scaled_dot_product_attention(
                 query, key, value, is_causal=True, scale=scaling, enable_gqa=query.shape[1] > key.shape[1]
             )
-        return result[0].transpose(0, 1)[:count]
-
-    def _dense(
-        self, chunk: Chunk, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scaling: float
-    ) -> torch.Tensor:
-        """A whole prompt, ``query [count, heads, width]``, to the same shape."""
-        count, heads, _ = query.shape
-        padded = -(-count // DENSE_STEP) * DENSE_STEP
-        blocks = self._inputs.tables[chunk.sequence, : -(-count // self.block_size)]
-
-        def whole(pool: torch.Tensor) -> torch.Tensor:
-            seen = pool.transpose(0, 1).index_select(1, blocks).flatten(1, 2)
-            if padded == seen.shape[1] == count:
-                return seen[None]
-            room = seen.new_zeros(1, seen.shape[0], padded, seen.shape[2])
-            room[0, :, :count] = seen[:, :count]
-            return room
-
-        if padded != count:
-            query = torch.cat([query, query.new_zeros(padded - count, *query.shape[1:])])
-        with sdpa_kernel(DENSE_BACKENDS, set_priority=True):
-            result = scaled_dot_product_attention(
-                query.transpose(0, 1)[None], whole(keys), whole(values),
-                is_causal=True, scale=scaling, enable_gqa=heads > keys.shape[1],
-            )  # fmt: skip
         return result[0].transpose(0, 1)[:count]

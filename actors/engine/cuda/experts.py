@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import triton
 
-from actors.engine.cuda import fp8, gemm, gemv, route, row_experts
+from actors.engine.cuda import fp8, gemm, gemv, route
 from actors.engine.cuda.one_row import share, suits_row
 from actors.engine.cuda.overlap import launch
 from actors.engine.cuda.peers import CudaPeers
@@ -34,10 +34,6 @@ MOST_ROWS = 16
 # Of the products pair by pair: columns of a program, at most, and programs per multiprocessor. As measured on an H100
 # with the sizes of Qwen3-30B-A3B, 2026-11-25.
 _EXPAND, _CONTRACT = (8, 4), (16, 5)
-# The same where one row stays here: columns and programs per multiprocessor; columns and warps.
-ROW_EXPAND, ROW_CONTRACT = (8, 4), (2, 4)
-# Whether a row that stays here takes two kernels.
-ROW_STAYS = False
 
 
 class CudaExperts:
@@ -104,7 +100,6 @@ class CudaExperts:
         self._inner = torch.empty(max_rows * max_ranks * top_k * width, dtype=dtype, device=device)
         self._next = count
         self.most_rows = 0
-        self.row_stays = False
         self.exchange: Exchange = SoloExchange()
 
     @property
@@ -116,11 +111,6 @@ class CudaExperts:
     def pairwise(self) -> bool:
         """Whether a step in which no rank has more than one row has products of its own here."""
         return self._pairwise
-
-    @property
-    def row_may_stay(self) -> bool:
-        """Whether a step of one row that stays here has kernels of its own; ``row_stays``: this step is one."""
-        return ROW_STAYS and self._pairwise
 
     @property
     def computed(self) -> int:
@@ -173,11 +163,8 @@ class CudaExperts:
         for left in (self._void, self._count, self._arrived):
             left.zero_()
 
-    def begin(self, tokens_per_rank: Sequence[int], stays: bool = True) -> None:
+    def begin(self, tokens_per_rank: Sequence[int]) -> None:
         """Start a step in which rank index ``i`` has ``tokens_per_rank[i]`` tokens, rows of padding not counted.
-
-        With ``stays`` a step of one row may be computed in a way that is right only while no row leaves this rank,
-        where that is so now: a graph of it is good for such steps only.
 
         Raises ValueError when list, exchange and expert map are not of one number of ranks, and for too many tokens.
         """
@@ -192,7 +179,6 @@ class CudaExperts:
             )
         self._tokens = list(tokens_per_rank)
         self.most_rows = max(self._tokens)
-        self.row_stays = self.row_may_stay and stays and self.most_rows == 1 and all(self.routing.local)
         self._next = 0
 
     def forward(self, layer: int, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
@@ -231,12 +217,9 @@ class CudaExperts:
     def _run(self, layer: int, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         try:
             output = torch.empty_like(hidden)
-            if self.row_stays and self._products[layer].pairwise and len(hidden) == 1:
-                self._multiply_row(layer, hidden, ids, weights, output)
-            else:
-                self._dispatch(layer, hidden, ids)
-                self._multiply(layer, hidden)
-                self._combine(layer, ids, weights, output)
+            self._dispatch(layer, hidden, ids)
+            self._multiply(layer, hidden)
+            self._combine(layer, ids, weights, output)
         except Exception as error:
             raise ExpertsBroken(f"rank index {self.rank_index} failed in the experts of MoE layer {layer}") from error
         return output
@@ -283,19 +266,21 @@ class CudaExperts:
                 raise RuntimeError("these experts' activation can't be captured: run without CUDA graphs")
             rows = max(1, sum(self._tokens) * self.top_k)
             inner = torch.empty(rows, products.up_columns, dtype=self.dtype, device=self.device)
+        weight, described = products.first(up)
         kernels.expand[(self.processors * up.per_processor,)](
-            hidden, self.window.received, products.up, products.up_beside, inner, self._count, self._index,
+            hidden, self.window.received, weight, products.up_beside, inner, self._count, self._index,
             self._members, self._local, self._turn, self._computed,
             layer, self._num_slots, self._capacity, self.max_rows, products.limit, products.alpha,
-            N=products.up_columns, K=self.hidden, GATE=products.gate, **common,
+            N=products.up_columns, K=self.hidden, GATE=products.gate, **common, **described,
             BM=up.rows, BN=up.columns, BK=up.depth, num_warps=up.warps, num_stages=up.stages,
         )  # fmt: skip
         if not products.gate:
             inner = products.activate(inner)
+        inner, weight, described = products.second(inner, down)
         kernels.contract[(self.processors * down.per_processor,)](
-            inner, products.down, products.down_beside, self.window.results, self._count, self._index, self._members,
+            inner, weight, products.down_beside, self.window.results, self._count, self._index, self._members,
             self._windows, self._num_slots, self._capacity, self.max_rows,
-            N=self.hidden, K=products.activated, **common,
+            N=self.hidden, K=products.activated, **common, **described,
             BM=down.rows, BN=down.columns, BK=down.depth, num_warps=down.warps, num_stages=down.stages,
         )  # fmt: skip
 
@@ -310,38 +295,16 @@ class CudaExperts:
             hidden, self.window.received, products.up, products.up_beside, self._inner, self._count, self._index,
             self._members, self._local, self._turn, self._computed,
             layer, self._num_slots, self._capacity, self.max_rows,
-            N=products.up_columns, K=self.hidden, **common, BN=columns, BK=block, num_warps=warps,
+            N=products.up_columns, K=self.hidden, **common, BN=columns, BK=block, EVICTION=gemv.EVICTION,
+            num_warps=warps,
         )  # fmt: skip
         block, (most, programs) = triton.next_power_of_2(products.activated), _CONTRACT
         columns, warps = share(block, most)
         gemv.contract[(self.processors * programs,)](
             self._inner, products.down, products.down_beside, self.window.results, self._count, self._index,
             self._members, self._windows, self._num_slots, self._capacity, self.max_rows,
-            N=self.hidden, K=products.activated, **common, BN=columns, BK=block, num_warps=warps,
-        )  # fmt: skip
-
-    def _multiply_row(
-        self, layer: int, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, output: torch.Tensor
-    ) -> None:
-        """All that a row's experts do, where it stays here."""
-        products = self._products[layer]
-        common = {
-            "TOP_K": self.top_k, "EXPERTS": self.num_experts, "MAX_RANKS": self.max_ranks, "BIASED": products.biased,
-            **launch(self.device, len(hidden), MOST_ROWS),
-        }  # fmt: skip
-        where = self.own_rows, self._table, self._members
-        block, (most, programs) = triton.next_power_of_2(self.hidden), ROW_EXPAND
-        columns, warps = share(block, most)
-        row_experts.expand[(self.processors * programs,)](
-            hidden, products.up, products.up_beside, self._inner, ids, *where, self.chosen, self._computed,
-            layer, self._num_slots, N=products.up_columns, K=self.hidden, **common, BN=columns, BK=block,
+            N=self.hidden, K=products.activated, **common, BN=columns, BK=block, EVICTION=gemv.EVICTION,
             num_warps=warps,
-        )  # fmt: skip
-        columns, warps = ROW_CONTRACT
-        row_experts.contract[(triton.cdiv(self.hidden, columns),)](
-            self._inner, products.down, products.down_beside, ids, weights, output, *where,
-            layer, self._num_slots, N=self.hidden, K=products.activated, **common,
-            BN=columns, BK=triton.next_power_of_2(products.activated), num_warps=warps,
         )  # fmt: skip
 
 
@@ -369,6 +332,7 @@ class _Products:
         self.activated = self.down.shape[1 if self.transposed else 2]
         self.limit, self.alpha = float(getattr(module, "limit", 0.0)), float(getattr(module, "alpha", 0.0))
         self.gate = self._recognise()
+        self._tables: dict[tuple[int, gemm.Shape], Any] = {}
         # float32 takes tiles always, so that a result does not depend on how many others there are.
         narrow = all(suits_row(weight.flatten(0, 1)) for weight in (self.up, self.down))
         self.pairwise = narrow and self.gate == gemm.SILU and not self.transposed
@@ -376,6 +340,33 @@ class _Products:
     def activate(self, inner: torch.Tensor) -> torch.Tensor:
         output: torch.Tensor = self.module._apply_gate(inner) if self.module.has_gate else self.module.act_fn(inner)
         return output.contiguous()
+
+    def first(self, shape: gemm.Shape) -> tuple[Any, dict[str, bool]]:
+        """How ``expand`` gets its weights in tiles of this shape."""
+        if self.kernels is fp8:
+            return self.up, {}
+        table = self._described(self.up, self.gate, shape)
+        return table or self.up, {"DESCRIBED": table is not None}
+
+    def second(self, inner: torch.Tensor, shape: gemm.Shape) -> tuple[Any, Any, dict[str, bool]]:
+        """How ``contract`` gets its rows, which stand in ``inner``, and its weights."""
+        if self.kernels is fp8:
+            return inner, self.down, {}
+        table = self._described(self.down, 0, shape)
+        whole = inner.view(-1)[: inner.numel() // self.activated * self.activated].view(-1, self.activated)
+        rows = table and gemm.described_rows(whole, shape)
+        if rows is None:
+            return inner, self.down, {"DESCRIBED": False}
+        return rows, table, {"DESCRIBED": True}
+
+    def _described(self, weight: torch.Tensor, gate: int, shape: gemm.Shape) -> Any:
+        """None where it can't or need not be; weights never move, so a descriptor stays good."""
+        if not shape.described:
+            return None
+        key = weight.data_ptr(), shape
+        if key not in self._tables:
+            self._tables[key] = gemm.described_weights(weight, gate, shape, self.transposed)
+        return self._tables[key]
 
     def _recognise(self) -> int:
         """The kind of gate that gives what the module's own gives, on random input; 0 if none does."""

@@ -133,7 +133,7 @@ def split_and_rotate(
     if rows:
         block = triton.next_power_of_2(heads.width)
         total = heads.query + 2 * heads.shared
-        tile = max(1, min(triton.next_power_of_2(total), (1024 if rows < 512 else 4096) // block))
+        tile = max(1, min(triton.next_power_of_2(total), 1024 // block))
         weights = heads.query_norm, heads.key_norm
         query_norm, key_norm = (joint if weight is None else weight for weight in weights)
         _split[(rows, triton.cdiv(total, tile))](
@@ -144,7 +144,7 @@ def split_and_rotate(
             QUERY=heads.query, SHARED=heads.shared, WIDTH=heads.width, ROTATED=heads.rotated,
             ANGLES=cosine.shape[-1], NORM=heads.query_norm is not None,
             ROUND_BEFORE_SCALE=heads.round_before_scale, PAGED=targets is not None, HEADS=tile, BLOCK=block,
-            num_warps=4, **launch(joint.device, rows),
+            num_warps=4 if rows < 512 else 1, **launch(joint.device, rows),
         )  # fmt: skip
     return query
 

@@ -21,8 +21,8 @@ MAX_EXPERTS, MAX_CHOSEN = 1024, 32
 _COLUMNS, _INNER, _SPLITS = 16, 256, 8
 # Experts of a program where there is one row.
 _ROW_COLUMNS = 4
-# Up to so many rows of a program times experts each is compared with each.
-COMPARED = 0
+# Of a single row, up to so many experts are each compared with each; of many rows that is more work than it saves.
+_COMPARED = 128
 
 
 class Choice(NamedTuple):
@@ -184,9 +184,9 @@ def _route_row(  # type: ignore[no-untyped-def]
     let_next_start(OVERLAP)
     program = tl.program_id(0)
     column = program * COLUMNS + tl.arange(0, COLUMNS)
-    if OVERLAP and COMPARED:
+    if OVERLAP:
         fetch_ahead(counter_pointer + tl.arange(0, 1))
-    weight = load_columns(weight_pointer, column, EXPERTS, WIDTH, ROW)
+    weight = load_columns(weight_pointer, column, EXPERTS, WIDTH, ROW, "")
     k = tl.arange(0, ROW)
     norm = tl.load(norm_pointer + k, k < WIDTH, 0.0) if NORM else 0.0
     await_previous(OVERLAP)
@@ -219,11 +219,10 @@ def route(logits: torch.Tensor, choice: Choice) -> tuple[torch.Tensor, torch.Ten
     rows, experts = logits.shape
     weights, ids = _room(rows, choice, logits.device)
     if rows:
-        compared = triton.next_power_of_2(experts) <= COMPARED
-        tile = 1 if rows <= 64 or compared else 4
+        tile = 1 if rows <= 64 else 4
         _route[(triton.cdiv(rows, tile),)](
             logits, logits if choice.correction is None else choice.correction, weights, ids, choice.factor, rows,
-            ROWS=tile, **_constants(choice, experts, tile), num_warps=1 if experts <= 256 and not compared else 4,
+            ROWS=tile, **_constants(choice, experts, False), num_warps=1 if experts <= 256 else 4,
             **launch(logits.device, rows),
         )  # fmt: skip
     return weights, ids
@@ -234,7 +233,8 @@ def _room(rows: int, choice: Choice, device: torch.device) -> tuple[torch.Tensor
     return weights, torch.empty(rows, choice.top_k, dtype=torch.int64, device=device)
 
 
-def _constants(choice: Choice, experts: int, rows: int) -> dict[str, Any]:
+def _constants(choice: Choice, experts: int, alone: bool) -> dict[str, Any]:
+    """``alone``: there is one row."""
     return {
         "EXPERTS": experts,
         "BLOCK": triton.next_power_of_2(experts),
@@ -245,7 +245,7 @@ def _constants(choice: Choice, experts: int, rows: int) -> dict[str, Any]:
         "CORRECTED": choice.correction is not None,
         "GROUPS": choice.groups,
         "KEPT_GROUPS": choice.kept_groups,
-        "COMPARED": rows * triton.next_power_of_2(experts) <= COMPARED,
+        "COMPARED": alone and experts <= _COMPARED,
     }
 
 
@@ -284,14 +284,14 @@ class Router:
         weights, ids = _room(1, choice, x.device)
         block = triton.next_power_of_2(width)
         columns, warps = share(block, _ROW_COLUMNS)
-        warps = max(warps, 4) if triton.next_power_of_2(experts) <= COMPARED else warps
+        warps = max(warps, 4) if experts <= _COMPARED else warps
         _route_row[(triton.cdiv(experts, columns),)](
             x, x if row.delta is None else row.delta, x if row.norm is None else row.norm, total, normed,
             self.weight, self.weight if self.bias is None else self.bias, scores, self._counter, logits,
             logits if choice.correction is None else choice.correction, weights, ids, row.epsilon, choice.factor,
             WIDTH=width, ROW=block, COLUMNS=columns, ADD=row.delta is not None, NORM=row.norm is not None,
             ROUND_BEFORE_SCALE=row.round_before_scale, BIAS=self.bias is not None,
-            **_constants(choice, experts, 1), num_warps=warps, **launch(x.device, 1),
+            **_constants(choice, experts, True), num_warps=warps, **launch(x.device, 1),
         )  # fmt: skip
         return total, normed, (logits, weights, ids)
 
@@ -307,6 +307,6 @@ class Router:
             logits if choice.correction is None else choice.correction, weights, ids, choice.factor, rows,
             WIDTH=inner, BIAS=self.bias is not None, TILE=FEW_ROWS, COLUMNS=_COLUMNS, INNER=_INNER,
             STEPS=steps, SPLITS=_SPLITS, LINES=lines_ahead(self.weight, steps * _INNER),
-            ROWS=tile, **_constants(choice, experts, tile), num_warps=4, **launch(x.device, rows),
+            ROWS=tile, **_constants(choice, experts, rows == 1), num_warps=4, **launch(x.device, rows),
         )  # fmt: skip
         return logits, weights, ids

@@ -70,8 +70,7 @@ class CudaSteps:
         self._experts.own_rows = self.inputs.count
         wanted = ladder(config.max_num_seqs) if config.cuda_graphs is None else sorted(config.cuda_graphs)
         self.sizes = wanted if self._experts.capturable else []
-        # By padded size, and whether no row leaves this rank.
-        self._graphs: dict[tuple[int, bool], tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
+        self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
         self._idle: torch.cuda.CUDAGraph | None = None
         plan = self._plan(weights)
         logger.info("%s", plan)
@@ -83,9 +82,8 @@ class CudaSteps:
         size = self._size_of(batch) if self._captured_suits else None
         self.inputs.fill(batch, size, drawn)
         self.model.attention.begin(self.inputs)
-        key = size, size == 1 and self._experts.row_stays
-        if key in self._graphs:
-            graph, logits = self._graphs[key]
+        if size in self._graphs:
+            graph, logits = self._graphs[size]
             graph.replay()
             return logits[:count]
         logits = self._forward()
@@ -128,9 +126,7 @@ class CudaSteps:
     def warm_up(self) -> None:
         started, before = time.monotonic(), torch.cuda.mem_get_info()[0]
         for size in reversed(self.sizes):
-            self._capture(size, False)
-        if 1 in self.sizes and self._experts.row_may_stay:
-            self._capture(1, True)
+            self._capture(size)
         if self.sizes and self.model.experts.layers:
             self._capture_idle()
         torch.cuda.synchronize()
@@ -139,15 +135,15 @@ class CudaSteps:
             self.sizes or "no", time.monotonic() - started, (before - torch.cuda.mem_get_info()[0]) / 2**20,
         )  # fmt: skip
 
-    def _capture(self, size: int, stays: bool) -> None:
+    def _capture(self, size: int) -> None:
         for _ in range(_REHEARSALS):
-            self._rehearse(size, stays)
+            self._rehearse(size)
         torch.cuda.synchronize()
-        self.model.experts.begin([size], stays)
+        self.model.experts.begin([size])
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool):
             logits = self._forward()
-        self._graphs[size, stays] = graph, _unowned(logits)
+        self._graphs[size] = graph, _unowned(logits)
 
     def _capture_idle(self) -> None:
         for _ in range(_REHEARSALS):
@@ -198,11 +194,7 @@ class CudaSteps:
         self.model.attention = self._make_attention(self.num_kv_blocks)
         activations = self._peak(self._largest_step)
         most = self.sizes[-1] if self.sizes else 0
-        decodes = (
-            self._peak(lambda: self._rehearse(most)) + (len(self.sizes) + self._experts.row_may_stay) * _GRAPH_BYTES
-            if most
-            else 0
-        )
+        decodes = self._peak(lambda: self._rehearse(most)) + len(self.sizes) * _GRAPH_BYTES if most else 0
         del self.model.attention
         torch.cuda.empty_cache()
         free, total = torch.cuda.mem_get_info()
@@ -228,10 +220,10 @@ class CudaSteps:
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
 
-    def _rehearse(self, size: int, stays: bool = False) -> None:
+    def _rehearse(self, size: int) -> None:
         slices = (rehearsal([0], 0, [i % self.num_kv_blocks]) for i in range(size))
         batch = Batch(tuple(dataclasses.replace(piece, follows=0) for piece in slices))
-        self.model.experts.begin([size], stays)
+        self.model.experts.begin([size])
         self.run(batch, torch.zeros(1, dtype=torch.int64, device=self.device))
 
     def _largest_step(self) -> None:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from expert_modules import KINDS, Module, slots
 
+from actors.engine.cuda import gemm
 from actors.engine.cuda.experts import CudaExperts
 from actors.engine.experts.exchange import SoloExchange
 from actors.engine.experts.map import ExpertMap
@@ -68,6 +69,41 @@ def test_sizes_need_not_fit_the_tiles(hidden: int, inner: int) -> None:
     experts.begin([37])
     experts.own_rows.fill_(37)
     assert error(run(experts, 0, tensors), module.cpu().reference(*tensors)) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(("hidden", "inner"), [(48, 40), (34, 40), (48, 36), (33, 17)])
+@pytest.mark.parametrize("kind", KINDS)
+def test_weights_and_rows_come_by_descriptors_where_they_can(
+    kind: str, hidden: int, inner: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows of 16 bytes, or not in the first product, the second, both; layers of other sizes use the same memory."""
+    monkeypatch.setattr(gemm, "shape", lambda *_: gemm.Shape(16, 16, 16, 4, 1, 1, True))
+    modules = [Module(kind, 3, hidden, width, dtype) for width in (inner, 64)]
+    experts = make(modules, 2, hidden, 3)
+    experts.adopt(Routing(whole(3, 2), 0), SoloExchange())
+    experts.begin([21])
+    experts.own_rows.fill_(21)
+    for layer, module in enumerate(modules):
+        tensors = draw(21, hidden, 3, 2, dtype, layer)
+        assert error(run(experts, layer, tensors), module.cpu().reference(*tensors)) < TOLERANCE[dtype]
+        module.to(DEVICE)
+
+
+@pytest.mark.parametrize("rows", [30, 70])
+def test_the_tiles_of_more_rows(rows: int) -> None:
+    """Those of a long prompt, whose last are nearly empty."""
+    module = Module("silu", 2, 128, 136, torch.float16)
+    layers = [slots(module, DEVICE)]
+    experts = CudaExperts(layers, 2, 2, 128, torch.float16, DEVICE, max_rows=rows, max_ranks=2)
+    experts.window.memory.data.fill_(0xFF)
+    experts._inner.fill_(float("nan"))
+    experts.adopt(Routing(whole(2), 0), SoloExchange())
+    tensors = draw(rows, 128, 2, 2, torch.float16)
+    experts.begin([rows])
+    experts.own_rows.fill_(rows)
+    assert gemm.shape(torch.float16, rows, "expand").described
+    assert error(run(experts, 0, tensors), module.cpu().reference(*tensors)) < 2e-3
 
 
 def test_rows_of_padding_are_not_routed_and_give_zeros() -> None:

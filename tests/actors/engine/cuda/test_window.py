@@ -188,6 +188,10 @@ def test_ranks_of_one_row_compute_pair_by_pair_and_only_if_none_has_more() -> No
 def break_off(rank: Rank, index: int) -> list[Any]:
     """Rank 1 never takes part in the step; the host of rank 0 breaks off."""
     model = Model(rank.device, rank.window)
+    # Loads the kernels. Loading one beside another that waits would wait for it, and let nobody else at the driver.
+    model.adopt(Routing(MAPS[1], 0), SoloExchange())
+    model.step([2], 0, seeds_of(0))
+    model.check()
     exchange = rank.join(1, index, 2)
     model.adopt(Routing(MAPS[2], index), exchange)
     exchange.sync([0])
