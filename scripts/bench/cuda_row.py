@@ -5,7 +5,7 @@
 
 Each way is some layers of Qwen3-30B-A3B in bfloat16 with weights of their own in one CUDA graph, at a context of 1,024,
 by the kernels that the engine takes; microseconds are medians of replays over the number of layers. Before the table,
-which comes last, stand timelines of a layer, now and with all that is new.
+which comes last, stands a timeline of a layer.
 """
 
 from __future__ import annotations
@@ -25,9 +25,7 @@ from cuda_experts import EXPERTS, HIDDEN, INNER, TOP_K, Gated, make, whole
 from actors.engine.attention.base import KVShape
 from actors.engine.attention.triton_paged import TritonPagedAttention
 from actors.engine.batch import Batch
-from actors.engine.cuda import attend_joint, gemv, one_row
 from actors.engine.cuda import experts as cuda_experts
-from actors.engine.cuda.attend_tile import Tiles
 from actors.engine.cuda.inputs import StepInputs
 from actors.engine.cuda.one_row import Row, multiply_row
 from actors.engine.cuda.rotary import Heads
@@ -38,37 +36,15 @@ from actors.engine.steps import rehearsal
 HEADS, SHARED, WIDTH, CONTEXT, BLOCK = 32, 4, 128, 1024, 16
 DTYPE, DEVICE, SCALE, EPSILON = torch.bfloat16, torch.device("cuda"), 128**-0.5, 1e-6
 
-# What each way sets, by module.
-Way = dict[tuple[Any, str], Any]
-NOW: Way = {
-    (attend_joint, "QUICK"): False,
-    (attend_joint, "AT_ONCE"): 32768,
-    (attend_joint, "joint_tiles"): attend_joint.joint_tiles,
-    (cuda_experts, "_EXPAND"): cuda_experts._EXPAND,
-    (cuda_experts, "_CONTRACT"): cuda_experts._CONTRACT,
-    (gemv, "EVICTION"): "",
-    (one_row, "AHEAD"): 0,
-}
-QUICK: Way = {(attend_joint, "QUICK"): True}
-HALF: Way = {(attend_joint, "AT_ONCE"): 16384}
-TALL: Way = HALF | {(attend_joint, "joint_tiles"): lambda *_: Tiles(16, 128, 8, 2)}
-STREAM: Way = {(gemv, "EVICTION"): "evict_first"}
-FINE: Way = {(cuda_experts, "_EXPAND"): (4, 8)}
-
-
-def ahead(how: int) -> Way:
-    return {(one_row, "AHEAD"): how}
+# What a way sets: how experts' products are cut into columns and programs.
+Way = dict[str, tuple[int, int]]
+NOW: Way = {"_EXPAND": cuda_experts._EXPAND, "_CONTRACT": cuda_experts._CONTRACT}
 
 
 def ways() -> list[tuple[str, Way]]:
-    found = [("now", NOW), ("quick", QUICK), ("quick, 16 at once", QUICK | HALF), ("quick, tiles of 128", QUICK | TALL)]
-    found += [("ahead", ahead(1)), ("ahead, to stay", ahead(2)), ("stream", STREAM)]
-    found += [("ahead, stream", ahead(1) | STREAM), ("ahead, to stay, stream", ahead(2) | STREAM)]
-    found += [(f"expand {cut}", {(cuda_experts, "_EXPAND"): cut}) for cut in ((4, 8), (4, 6), (2, 16), (8, 5))]
-    found += [(f"contract {cut}", {(cuda_experts, "_CONTRACT"): cut}) for cut in ((8, 10), (8, 8), (16, 4), (4, 16))]
-    found.append(("quick, fine", QUICK | FINE))
-    found.append(("quick, fine, ahead, stream", QUICK | FINE | ahead(1) | STREAM))
-    found.append(("quick, fine, ahead, to stay, stream", QUICK | FINE | ahead(2) | STREAM))
+    found: list[tuple[str, Way]] = [("now", NOW)]
+    found += [(f"expand {cut}", {"_EXPAND": cut}) for cut in ((2, 16), (4, 6), (4, 10), (4, 12), (8, 4))]
+    found += [(f"contract {cut}", {"_CONTRACT": cut}) for cut in ((2, 32), (4, 12), (4, 20), (4, 24), (8, 8), (16, 5))]
     return [*found, ("now, again", NOW)]
 
 
@@ -107,8 +83,8 @@ class Layers:
 
     @staticmethod
     def take(way: Way) -> None:
-        for (module, name), value in (NOW | way).items():
-            setattr(module, name, value)
+        for name, value in (NOW | way).items():
+            setattr(cuda_experts, name, value)
 
     def run(self, way: Way) -> torch.Tensor:
         """The last layer's output ``[1, hidden]``."""
@@ -121,8 +97,7 @@ class Layers:
             out = self.attention.attend_joint(
                 layer, joint, self.cosine, self.sine, self.heads[layer], SCALE, None, None
             )
-            following = self.qkv[(layer + 1) % self.count]
-            delta = multiply_row(Row(out.view(1, -1)), self.o[layer], None, following)[0]
+            delta = multiply_row(Row(out.view(1, -1)), self.o[layer], None)[0]
             x, normed, (_, weights, ids) = self.routers[layer].of_row(Row(x, delta, norms[1], EPSILON))
             delta = self.experts.forward(layer, normed, ids, weights)
         return x + delta
@@ -152,18 +127,7 @@ def error(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def check(layers: Layers) -> list[str]:
-    """What is new, each on its own, beside what is there."""
-    lines, joint = [], random(1, (HEADS + 2 * SHARED) * WIDTH)
-    found = []
-    for way in (NOW, QUICK, QUICK | TALL):
-        layers.take(way)
-        found.append(
-            layers.attention.attend_joint(0, joint, layers.cosine, layers.sine, layers.heads[0], SCALE, None, None)
-        )
-    worst = max(error(other, found[0]) for other in found[1:])
-    lines.append(f"attention: quick differs by {worst:.1e}")
-    if not worst < 1e-2:
-        lines.append("WRONG")
+    """The experts of a few layers in all ways beside their own module's."""
     experts, worst = layers.experts, 0.0
     for layer in range(min(4, layers.count)):
         module: Any = experts._products[layer].module
@@ -171,17 +135,14 @@ def check(layers: Layers) -> list[str]:
         ids = torch.rand(1, EXPERTS, device=DEVICE).argsort(1)[:, :TOP_K]
         weights = torch.rand(1, TOP_K, device=DEVICE)
         truth = module.reference(x, ids, weights)
-        for way in (NOW, FINE | STREAM):
+        for _, way in ways():
             layers.take(way)
             experts._inner.fill_(float("nan"))
             experts.window.results.fill_(float("nan"))
             experts.begin([1])
             experts._next = layer
             worst = max(worst, error(experts.forward(layer, x, ids, weights), truth))
-    lines.append(f"experts: error {worst:.1e}")
-    if not worst < 1e-2:
-        lines.append("WRONG")
-    return lines
+    return [f"experts: error {worst:.1e}", *(["WRONG"] if not worst < 1e-2 else [])]
 
 
 def timeline(graph: torch.cuda.CUDAGraph, count: int) -> list[str]:
@@ -240,7 +201,8 @@ def main() -> None:
         read = (HEADS + 2 * SHARED) * WIDTH * HIDDEN + HIDDEN * HEADS * WIDTH + EXPERTS * HIDDEN
         read += TOP_K * 3 * HIDDEN * INNER + 2 * CONTEXT * SHARED * WIDTH
         lines.append(f"floor {2e6 * read / bandwidth:.1f} us a layer at {bandwidth / 1e12:.2f} TB/s")
-        graphs, expected = {}, None
+        steps: list[str] = []
+        expected = None
         for name, way in ways():
             if time.monotonic() - began > arguments.seconds:
                 lines.append(f"{name}: no time left")
@@ -249,15 +211,13 @@ def main() -> None:
                 taken, result, graph = time_of(lambda way=way: layers.run(way))  # type: ignore[misc]
                 expected = result if expected is None else expected
                 lines.append(f"{taken / layers.count:7.2f} us  {name}  (differs by {error(result, expected):.1e})")
-                if name in ("now", "quick, fine", "quick, fine, ahead, to stay, stream"):
-                    graphs[name] = graph
+                steps = steps or timeline(graph, layers.count)
             except Exception as failure:
                 lines.append(f"   FAILED   {name}: {type(failure).__name__}: {str(failure.__cause__ or failure)[:150]}")
                 torch.cuda.synchronize()
                 layers.experts.adopt(whole(layers.count), SoloExchange())
             print(f"[{time.monotonic() - began:5.1f} s] {lines[-1]}", flush=True)
-        for name, graph in graphs.items():
-            print("\n".join([f"a layer, {name}:", *timeline(graph, layers.count)]))
+        print("\n".join(["a layer, now:", *steps]))
     print("\n".join(["", f"{torch.cuda.get_device_name()}, torch {torch.__version__}", *lines]), flush=True)
     print(f"{time.monotonic() - began:.0f} s in all")
 

@@ -54,27 +54,13 @@ def main() -> None:
     parser.add_argument("--decode", default="1,8,64,128", help="numbers of running requests")
     parser.add_argument("--requests", type=int, default=512, help="requests of the offline batch")
     parser.add_argument("--layers", type=int, default=48, help="decoder layers of the default shape")
-    parser.add_argument("--trial", default="", help="what is not built in yet: quick, tall, fine, ahead, stay, stream")
     parser.add_argument("--no-graphs", action="store_true", help="every step operator by operator")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(relativeCreated)7.0f ms %(message)s")
-    take(arguments.trial.split(","))
     with tempfile.TemporaryDirectory() as made:
         result = measure(arguments, arguments.model or shapes.write(Path(made), arguments.layers))
     if arguments.json:
         arguments.json.write_text(json.dumps(result, indent=1) + "\n")
-
-
-def take(names: list[str]) -> None:
-    import cuda_row
-
-    parts = {
-        "quick": cuda_row.QUICK, "tall": cuda_row.TALL, "fine": cuda_row.FINE, "ahead": cuda_row.ahead(1),
-        "stay": cuda_row.ahead(2), "stream": cuda_row.STREAM,
-    }  # fmt: skip
-    for name in filter(None, names):
-        for (module, leaf), value in parts[name].items():
-            setattr(module, leaf, value)
 
 
 def measure(arguments: argparse.Namespace, model: Path) -> dict[str, Any]:

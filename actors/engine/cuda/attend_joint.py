@@ -17,11 +17,6 @@ from actors.engine.cuda.overlap import await_previous, fetch_ahead, late, launch
 from actors.engine.cuda.paged import pool_rows, power
 from actors.engine.cuda.rotary import Heads, partner, rotated, scaled
 
-# Trial: all that a program needs is asked for at once, and who comes last adds up all partial results at once.
-QUICK = False
-# Of partial results, so many elements at once.
-AT_ONCE = 32768
-
 
 @triton.jit
 def _turned(  # type: ignore[no-untyped-def]
@@ -45,58 +40,6 @@ def _turned(  # type: ignore[no-untyped-def]
     return rotated(x, other, cosine, sine, column, dtype, ROTATED)
 
 
-@triton.jit
-def _halves(  # type: ignore[no-untyped-def]
-    source, inside, ROTATED: tl.constexpr, BLOCK: tl.constexpr
-):
-    """Heads whose elements begin at ``source [heads, 1]`` as they are, and each element's partner."""
-    column = tl.arange(0, BLOCK)[None, :]
-    return tl.load(source + column, inside, 0.0), tl.load(source + partner(column, ROTATED), inside, 0.0)
-
-
-@triton.jit
-def _turn(  # type: ignore[no-untyped-def]
-    x, other, weight, weight_of_other, cosine, sine, epsilon, dtype: tl.constexpr,
-    WIDTH: tl.constexpr, ROTATED: tl.constexpr, NORM: tl.constexpr, ROUND_BEFORE_SCALE: tl.constexpr,
-    BLOCK: tl.constexpr,
-):  # fmt: skip
-    """``_halves``, normalised and rotated: ``[heads, BLOCK]``."""
-    column = tl.arange(0, BLOCK)[None, :]
-    x, other = x.to(tl.float32), other.to(tl.float32)
-    if NORM:
-        x, other = scaled(x, other, epsilon, dtype, WIDTH, ROUND_BEFORE_SCALE)
-        x, other = rounded(x * weight.to(tl.float32), dtype), rounded(other * weight_of_other.to(tl.float32), dtype)
-    return rotated(x, other, cosine.to(tl.float32), sine.to(tl.float32), column, dtype, ROTATED).to(dtype)
-
-
-@triton.jit
-def _combine(  # type: ignore[no-untyped-def]
-    partial, sums, place, splits, active,
-    GROUP: tl.constexpr, WIDTH: tl.constexpr, G: tl.constexpr, D: tl.constexpr, CHUNK: tl.constexpr,
-):  # fmt: skip
-    """As ``combine``, ``CHUNK`` partial results at a time."""
-    members, d = tl.arange(0, G), tl.arange(0, D)
-    peak = tl.full([G], float("-inf"), tl.float32)
-    total = tl.zeros([G], tl.float32)
-    result = tl.zeros([G, D], tl.float32)
-    for first in tl.range(0, active, CHUNK):
-        split = first + tl.arange(0, CHUNK)
-        slot = (place * splits + split)[:, None] * GROUP + members[None, :]
-        there = (split < active)[:, None] & (members < GROUP)[None, :]
-        part_at = partial + slot[:, :, None] * WIDTH + d[None, None, :]
-        part_mask = there[:, :, None] & (d < WIDTH)[None, None, :]
-        part = tl.load(part_at, mask=part_mask, other=0.0, cache_modifier=".cg")
-        own = tl.load(sums + slot * 2, mask=there, other=float("-inf"), cache_modifier=".cg")
-        weight = tl.load(sums + slot * 2 + 1, mask=there, other=0.0, cache_modifier=".cg")
-        higher = tl.maximum(peak, tl.max(own, 0))
-        origin = tl.where(higher == float("-inf"), 0.0, higher)
-        shrink, grow = tl.exp2(peak - origin), tl.exp2(own - origin[None, :])
-        peak = higher
-        total = total * shrink + tl.sum(weight * grow, 0)
-        result = result * shrink[:, None] + tl.sum(part * grow[:, :, None], 0)
-    return peak, total, result
-
-
 @triton.jit(do_not_specialize=["splits", "window"])
 def _decode(  # type: ignore[no-untyped-def]
     joint, joint_row, cosine, sine, angle_row, query_norm, key_norm, epsilon,
@@ -104,7 +47,7 @@ def _decode(  # type: ignore[no-untyped-def]
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, WIDTH: tl.constexpr, ROTATED: tl.constexpr, ANGLES: tl.constexpr,
     NORM: tl.constexpr, ROUND_BEFORE_SCALE: tl.constexpr, PAGE: tl.constexpr, UNROLL: tl.constexpr,
     G: tl.constexpr, M: tl.constexpr, N: tl.constexpr, D: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
-    QUICK: tl.constexpr, CHUNK: tl.constexpr, OVERLAP: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     let_next_start(OVERLAP)
     split, head, sequence = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -145,22 +88,21 @@ def _decode(  # type: ignore[no-untyped-def]
         fetch_ahead(cosine + angle)
         fetch_ahead(sine + angle)
         fetch_ahead(arrivals + sequence * KV_HEADS + head + tl.arange(0, 1))
-    d = tl.arange(0, D)
-    inside = (d < WIDTH)[None, :]
-    of_query, beside_query, of_key, beside_key = 0.0, 0.0, 0.0, 0.0
-    if QUICK and NORM:
-        of_query, beside_query = _halves(query_norm + tl.zeros([1, 1], tl.int32), inside, ROTATED, D)
-        of_key, beside_key = _halves(key_norm + tl.zeros([1, 1], tl.int32), inside, ROTATED, D)
     await_previous(OVERLAP)
     first_key, first_value = late(first_key, OVERLAP), late(first_value, OVERLAP)
 
     dtype = joint.dtype.element_ty
-    members = tl.arange(0, M)
+    members, d = tl.arange(0, M), tl.arange(0, D)
     heads = head * GROUP + members
     real = members < GROUP
     row = sequence.to(tl.int64)
     source = joint + row * joint_row
     cosines, sines = cosine + row * angle_row, sine + row * angle_row
+    inside = (d < WIDTH)[None, :]
+    q = _turned(
+        source + heads[:, None] * WIDTH, real[:, None] & inside, cosines, sines, query_norm, epsilon, dtype,
+        WIDTH, ROTATED, ANGLES, NORM, ROUND_BEFORE_SCALE, D,
+    ).to(dtype)  # fmt: skip
     # In tiles only what came before the new token is seen.
     position = tl.full([M], 0, tl.int32) + length - 2
     rest = window
@@ -168,47 +110,16 @@ def _decode(  # type: ignore[no-untyped-def]
         rest = window - 1
     peak = tl.full([M], float("-inf"), tl.float32)
     total = tl.zeros([M], tl.float32)
-    if QUICK:
-        newest = split == active - 1
-        one = tl.zeros([1, 1], tl.int32)
-        x, beside = _halves(source + heads[:, None] * WIDTH, real[:, None] & inside, ROTATED, D)
-        new, new_beside = _halves(source + (KV_HEADS * GROUP + head) * WIDTH + one, inside & newest, ROTATED, D)
-        value = tl.load(source + (KV_HEADS * (GROUP + 1) + head) * WIDTH + d[None, :], inside & newest, 0.0)
-        turns = (d < ROTATED)[None, :]
-        cos = tl.load(cosines + d[None, :] % ANGLES, turns, 1.0)
-        sin = tl.load(sines + d[None, :] % ANGLES, turns, 0.0)
-        target = tl.load(targets + sequence)
-        q = _turn(
-            x, beside, of_query, beside_query, cos, sin, epsilon, dtype, WIDTH, ROTATED, NORM, ROUND_BEFORE_SCALE, D
-        )
-        key = _turn(
-            new, new_beside, of_key, beside_key, cos, sin, epsilon, dtype,
-            WIDTH, ROTATED, NORM, ROUND_BEFORE_SCALE, D,
-        )  # fmt: skip
-        stored = inside & newest & (target >= 0)
-        pooled = pool_rows(target // PAGE, target % PAGE, head, KV_HEADS, PAGE) * WIDTH + d[None, :]
-        tl.store(keys + pooled, key, stored)
-        tl.store(values + pooled, value, stored)
-        if newest:
-            peak = tl.sum(q.to(tl.float32) * key.to(tl.float32), 1) * scale
-            total += 1.0
-    else:
-        q = _turned(
-            source + heads[:, None] * WIDTH, real[:, None] & inside, cosines, sines, query_norm, epsilon, dtype,
-            WIDTH, ROTATED, ANGLES, NORM, ROUND_BEFORE_SCALE, D,
-        ).to(dtype)  # fmt: skip
-    peak, total, weights, shrink = weigh(
+    peak, total, weights, _shrink = weigh(
         q, first_key, tokens, position, rest, scale, peak, total, True, PRECISION
     )  # fmt: skip
     result = tl.dot(weights.to(dtype), first_value, input_precision=PRECISION)
-    if QUICK:
-        result += shrink[:, None] * value.to(tl.float32)  # zeros but for the newest
     for first in tl.range(begin + N, end, N, num_stages=STAGES):
         peak, total, result = attend_tile(
             q, keys, values, table, head, first, low, length - 1, position, rest, scale, peak, total, result,
             KV_HEADS, WIDTH, WIDTH, PAGE, N, D, D, True, PRECISION,
         )  # fmt: skip
-    if not QUICK and split == active - 1:
+    if split == active - 1:
         one = tl.zeros([1, 1], tl.int32)
         key = _turned(
             source + (KV_HEADS * GROUP + head) * WIDTH + one, inside, cosines, sines, key_norm, epsilon, dtype,
@@ -241,10 +152,7 @@ def _decode(  # type: ignore[no-untyped-def]
     if tl.atomic_add(arrivals + place, 1, sem="acq_rel") < active - 1:
         return
     tl.store(arrivals + place, 0)  # for the next layer
-    if QUICK:
-        peak, total, result = _combine(partial, sums, place, splits, active, GROUP, WIDTH, G, D, CHUNK)
-    else:
-        peak, total, result = combine(partial, sums, place, splits, active, GROUP, WIDTH, G, D, UNROLL)
+    peak, total, result = combine(partial, sums, place, splits, active, GROUP, WIDTH, G, D, UNROLL)
     all_heads, all_real = head * GROUP + tl.arange(0, G), tl.arange(0, G) < GROUP
     result = finish(peak, total, result, sinks, all_heads, all_real).to(out.dtype.element_ty)
     all_at = out + (row * KV_HEADS * GROUP + all_heads[:, None]) * WIDTH + d[None, :]
@@ -300,6 +208,5 @@ def decode_joint(
         NORM=heads.query_norm is not None, ROUND_BEFORE_SCALE=heads.round_before_scale, PAGE=page,
         UNROLL=max(1, min(16, 16384 // (members * padded))), G=members, M=tiles.rows, N=tiles.tokens, D=padded,
         STAGES=tiles.stages, PRECISION=precision(joint.dtype),
-        QUICK=QUICK, CHUNK=min(triton.next_power_of_2(splits), max(1, AT_ONCE // (members * padded))),
         num_warps=tiles.warps, **launch(joint.device, count),
     )  # fmt: skip

@@ -33,7 +33,7 @@ _COLUMNS = 512
 MOST_ROWS = 16
 # Of the products pair by pair: columns of a program, at most, and programs per multiprocessor. As measured on an H100
 # with the sizes of Qwen3-30B-A3B, 2026-11-25.
-_EXPAND, _CONTRACT = (8, 4), (16, 5)
+_EXPAND, _CONTRACT = (4, 8), (4, 16)
 
 
 class CudaExperts:
@@ -295,16 +295,14 @@ class CudaExperts:
             hidden, self.window.received, products.up, products.up_beside, self._inner, self._count, self._index,
             self._members, self._local, self._turn, self._computed,
             layer, self._num_slots, self._capacity, self.max_rows,
-            N=products.up_columns, K=self.hidden, **common, BN=columns, BK=block, EVICTION=gemv.EVICTION,
-            num_warps=warps,
+            N=products.up_columns, K=self.hidden, **common, BN=columns, BK=block, num_warps=warps,
         )  # fmt: skip
         block, (most, programs) = triton.next_power_of_2(products.activated), _CONTRACT
         columns, warps = share(block, most)
         gemv.contract[(self.processors * programs,)](
             self._inner, products.down, products.down_beside, self.window.results, self._count, self._index,
             self._members, self._windows, self._num_slots, self._capacity, self.max_rows,
-            N=self.hidden, K=products.activated, **common, BN=columns, BK=block, EVICTION=gemv.EVICTION,
-            num_warps=warps,
+            N=self.hidden, K=products.activated, **common, BN=columns, BK=block, num_warps=warps,
         )  # fmt: skip
 
 

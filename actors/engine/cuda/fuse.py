@@ -62,10 +62,6 @@ class _Fuser:
             for module in self.model.module.modules():
                 if attempt_to_fuse(module):
                     counts[name] += 1
-        forwards = (getattr(module, "forward", None) for module in self.model.module.modules())
-        attentions = [forward for forward in forwards if isinstance(forward, _Attention)]
-        for attention, following in itertools.pairwise(attentions):
-            attention.outer.ahead = following.inner.weight
         layers = fuse_decoders(self.trial, self.norms, self.of_row)
         counts["layers"], counts["open layers"], counts["layers by row"] = layers
         counts["joint projections"] = sum(len(group) > 1 for group in self.joined)

@@ -16,9 +16,6 @@ from actors.engine.cuda.gemm import _homes, _origins
 from actors.engine.cuda.one_row import load_columns
 from actors.engine.cuda.overlap import await_previous, begin_in_turn, late, let_next_start
 
-# Trial: ``evict_first`` leaves the L2 cache to what others asked for.
-EVICTION = ""
-
 
 @triton.jit
 def _ends(count, num_slots, SLOTS: tl.constexpr):
@@ -46,7 +43,7 @@ def expand(
     hidden, received, weight, bias, inner, count, index, members, local, turn, computed,
     layer, num_slots, capacity, max_rows,
     N: tl.constexpr, K: tl.constexpr, TOP_K: tl.constexpr, SLOTS: tl.constexpr, BIASED: tl.constexpr,
-    BN: tl.constexpr, BK: tl.constexpr, EVICTION: tl.constexpr, OVERLAP: tl.constexpr,
+    BN: tl.constexpr, BK: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """As in ``gemm.py``: ``inner [pairs, N / 2]``. ``BN`` columns of weights give half as many of these."""
     begin_in_turn(OVERLAP)
@@ -66,7 +63,7 @@ def expand(
         inside = column < WIDTH
         beside = tl.arange(0, BN)  # gates and other halves in turn
         own = beside % 2 * WIDTH + work % columns * SHARE + beside // 2
-        b = load_columns(weight + number.to(tl.int64) * (N * K), own, N, K, BK, EVICTION)
+        b = load_columns(weight + number.to(tl.int64) * (N * K), own, N, K, BK)
         code = tl.load(index + number.to(tl.int64) * capacity + pair + tl.zeros([1], tl.int32), cache_modifier=".cg")
         tl.debug_barrier()  # so that all reads of weights are under way before one is waited for
         a = _row(_origins(code, hidden, received, me, max_rows, K, TOP_K), K, BK)
@@ -83,7 +80,7 @@ def contract(
     inner, weight, bias, results, count, index, members, windows,
     num_slots, capacity, max_rows,
     N: tl.constexpr, K: tl.constexpr, TOP_K: tl.constexpr, SLOTS: tl.constexpr,
-    BIASED: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, EVICTION: tl.constexpr, OVERLAP: tl.constexpr,
+    BIASED: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """As in ``gemm.py``, over the pairs that ``expand`` put into ``inner``."""
     # ``expand`` lets this start when all before it is complete, the dispatch too: ``count`` and ``index`` are good.
@@ -96,7 +93,7 @@ def contract(
         number, pair = _find(place, ends, SLOTS)
         column = work % columns * BN + tl.arange(0, BN)
         inside = column < N
-        b = load_columns(weight + number.to(tl.int64) * (N * K), column, N, K, BK, EVICTION)
+        b = load_columns(weight + number.to(tl.int64) * (N * K), column, N, K, BK)
         code = tl.load(index + number.to(tl.int64) * capacity + pair + tl.zeros([1], tl.int32), cache_modifier=".cg")
         here = tl.load(windows + tl.load(members + 1))
         home = _homes(code, code >= 0, results, windows, here, max_rows, N, TOP_K)

@@ -195,8 +195,6 @@ class Linear:
         # float32 stays with torch, whose product is exact as long as TF32 is off (the default).
         self._few = FewRows(self.weight, self.bias) if self.weight.dtype != torch.float32 else None
         self.takes_row = suits_row(self.weight) and len(self.weight) < _MANY_OUTPUTS
-        # Weights of whoever comes next, to be asked for when a row is multiplied here.
-        self.ahead: torch.Tensor | None = None
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         rows = x.reshape(-1, x.shape[-1])
@@ -210,7 +208,7 @@ class Linear:
 
     def of_row(self, row: Row) -> tuple[torch.Tensor, torch.Tensor]:
         """``[1, out]`` of ``row``, and the row before its norm; if this layer ``takes_row``."""
-        return multiply_row(row, self.weight, self.bias, self.ahead)
+        return multiply_row(row, self.weight, self.bias)
 
 
 def _bias(layers: Sequence[torch.nn.Linear]) -> torch.Tensor | None:

@@ -14,15 +14,13 @@ import triton
 import triton.language as tl
 
 from actors.engine.cuda.elementwise import rounded
-from actors.engine.cuda.overlap import await_previous, fetch_in_bulk, late, launch, let_next_start
+from actors.engine.cuda.overlap import await_previous, late, launch, let_next_start
 
 # Weights of 16 bits that a program keeps, and a thread: half of the latter's registers. Half or twice as many were
 # slower on an H100 with the sizes of Qwen3-30B-A3B (2026-11-25).
 _KEPT, _KEPT_BY_THREAD = 2**14, 2**7
 # Columns of a program, at most.
 _COLUMNS = 8
-# Trial: how weights ``ahead`` are asked for; 0: not, 1: as others, 2: to stay in the cache.
-AHEAD = 0
 # The most elements of a row, which stands in registers too: this leaves a program two columns.
 _MAX_WIDTH = 8192
 
@@ -42,16 +40,13 @@ class Row(NamedTuple):
 
 
 @triton.jit
-def load_columns(  # type: ignore[no-untyped-def]
-    weight_pointer, column, outputs, WIDTH: tl.constexpr, BLOCK: tl.constexpr, EVICTION: tl.constexpr
-):
+def load_columns(weight_pointer, column, outputs, WIDTH: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     """``[columns, BLOCK]`` of ``weight [outputs, WIDTH]``; zeros beyond."""
     k = tl.arange(0, BLOCK)[None, :]
     inside = (column < outputs)[:, None]
     if BLOCK > WIDTH:
         inside = inside & (k < WIDTH)
-    at = weight_pointer + column.to(tl.int64)[:, None] * WIDTH + k
-    return tl.load(at, inside, 0.0, eviction_policy=EVICTION)
+    return tl.load(weight_pointer + column.to(tl.int64)[:, None] * WIDTH + k, inside, 0.0)
 
 
 @triton.jit
@@ -85,19 +80,16 @@ def load_row(  # type: ignore[no-untyped-def]
 @triton.jit
 def _multiply_row(  # type: ignore[no-untyped-def]
     x_pointer, delta_pointer, norm_pointer, total_pointer, weight_pointer, bias_pointer, output_pointer,
-    epsilon, outputs, ahead_pointer, ahead_size,
+    epsilon, outputs,
     WIDTH: tl.constexpr, BLOCK: tl.constexpr, COLUMNS: tl.constexpr, ADD: tl.constexpr, NORM: tl.constexpr,
-    ROUND_BEFORE_SCALE: tl.constexpr, BIAS: tl.constexpr, AHEAD: tl.constexpr, CHUNK: tl.constexpr,
-    OVERLAP: tl.constexpr,
+    ROUND_BEFORE_SCALE: tl.constexpr, BIAS: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     let_next_start(OVERLAP)
     program = tl.program_id(0)
     column = program * COLUMNS + tl.arange(0, COLUMNS)
-    weight = load_columns(weight_pointer, column, outputs, WIDTH, BLOCK, "")
+    weight = load_columns(weight_pointer, column, outputs, WIDTH, BLOCK)
     k = tl.arange(0, BLOCK)
     norm = tl.load(norm_pointer + k, k < WIDTH, 0.0) if NORM else 0.0
-    if OVERLAP and AHEAD > 0:
-        fetch_in_bulk(ahead_pointer, ahead_size, CHUNK, AHEAD == 2)
     await_previous(OVERLAP)
     weight = late(weight, OVERLAP)
     x = load_row(
@@ -121,29 +113,21 @@ def suits_row(weight: torch.Tensor) -> bool:
     return weight.dtype in (torch.bfloat16, torch.float16) and weight.shape[1] <= _MAX_WIDTH
 
 
-def multiply_row(
-    row: Row, weight: torch.Tensor, bias: torch.Tensor | None, ahead: torch.Tensor | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
+def multiply_row(row: Row, weight: torch.Tensor, bias: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
     """The product ``[1, out]`` of ``row`` with ``weight [out, in]``, plus ``bias [out]``, and the row before its norm.
 
-    All of one 16-bit dtype; sums in float32. ``ahead``, contiguous, is asked for meanwhile: who comes later finds it
-    in the L2 cache.
+    All of one 16-bit dtype; sums in float32.
     """
     x, (outputs, width) = row.x, weight.shape
     block = triton.next_power_of_2(width)
     columns, warps = share(block, _COLUMNS)
     output = torch.empty(1, outputs, dtype=x.dtype, device=x.device)
     total = x if row.delta is None else torch.empty_like(x)
-    programs, size = triton.cdiv(outputs, columns), 0 if ahead is None else ahead.numel() * ahead.element_size()
-    if not AHEAD or size % 16:
-        ahead, size = None, 0
-    _multiply_row[(programs,)](
+    _multiply_row[(triton.cdiv(outputs, columns),)](
         x, x if row.delta is None else row.delta, x if row.norm is None else row.norm, total,
         weight, weight if bias is None else bias, output, row.epsilon, outputs,
-        weight if ahead is None else ahead, size,
         WIDTH=width, BLOCK=block, COLUMNS=columns, ADD=row.delta is not None, NORM=row.norm is not None,
         ROUND_BEFORE_SCALE=row.round_before_scale, BIAS=bias is not None,
-        AHEAD=0 if ahead is None else AHEAD, CHUNK=triton.cdiv(size, programs * 512 * warps) * 512 * warps,
         num_warps=warps, **launch(x.device, 1),
     )  # fmt: skip
     return output, total

@@ -65,31 +65,6 @@ def fetch_ahead(pointers):  # type: ignore[no-untyped-def]
     )
 
 
-@triton.jit
-def fetch_in_bulk(start, size, CHUNK: tl.constexpr, LAST: tl.constexpr):  # type: ignore[no-untyped-def]
-    """As ``fetch_ahead``, the ``size`` bytes from ``start`` on, ``CHUNK`` by each program; with LAST, to stay there.
-
-    ``start``, ``size`` and a warp's share of ``CHUNK`` are multiples of 16 bytes.
-    """
-    warps: tl.constexpr = tl.extra.cuda.num_warps()
-    share: tl.constexpr = CHUNK // warps
-    # A warp's threads name the same address, for which it asks once.
-    at = tl.program_id(0).to(tl.int64) * CHUNK + tl.arange(0, 32 * warps) // 32 * share
-    there = start.to(tl.int64) + tl.minimum(at, size - share)
-    count = tl.full([32 * warps], share, tl.int32)
-    if LAST:
-        tl.inline_asm_elementwise(
-            "{ .reg .b64 p; createpolicy.fractional.L2::evict_last.b64 p, 1.0; "
-            "cp.async.bulk.prefetch.L2.global.L2::cache_hint [$1], $2, p; } // $0",
-            "=r,l,r", [there, count], dtype=tl.int32, is_pure=False, pack=1,
-        )  # fmt: skip
-    else:
-        tl.inline_asm_elementwise(
-            "cp.async.bulk.prefetch.L2.global [$1], $2; // $0",
-            "=r,l,r", [there, count], dtype=tl.int32, is_pure=False, pack=1,
-        )  # fmt: skip
-
-
 def launch(device: torch.device, rows: int, most: int = MOST_ROWS) -> dict[str, bool]:
     """What a kernel over ``rows`` rows that has ``OVERLAP``, and begins as it must, is launched with.
 

@@ -186,7 +186,7 @@ def _route_row(  # type: ignore[no-untyped-def]
     column = program * COLUMNS + tl.arange(0, COLUMNS)
     if OVERLAP:
         fetch_ahead(counter_pointer + tl.arange(0, 1))
-    weight = load_columns(weight_pointer, column, EXPERTS, WIDTH, ROW, "")
+    weight = load_columns(weight_pointer, column, EXPERTS, WIDTH, ROW)
     k = tl.arange(0, ROW)
     norm = tl.load(norm_pointer + k, k < WIDTH, 0.0) if NORM else 0.0
     await_previous(OVERLAP)

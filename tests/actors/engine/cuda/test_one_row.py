@@ -147,14 +147,12 @@ def made(
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize(("sizes", "angles", "normed", "window", "sinks"), HEADS)
-@pytest.mark.parametrize("quick", [False, True])
 @pytest.mark.parametrize("splits", [1, 3])
 def test_attention_from_the_joint_projection_on(
     sizes: tuple[int, int, int, int], angles: int, normed: bool, window: int | None, sinks: bool, splits: int,
-    dtype: torch.dtype, quick: bool, monkeypatch: pytest.MonkeyPatch,
+    dtype: torch.dtype,
 ) -> None:  # fmt: skip
     """Against the two kernels it takes the place of; sequences of several lengths, one of them padding."""
-    monkeypatch.setattr(attend_joint, "QUICK", quick)
     query, shared, width, _ = sizes
     heads, joint, cosine, sine = made(sizes, angles, normed, dtype, 4)
     logits = random(query, dtype=dtype) if sinks else None
