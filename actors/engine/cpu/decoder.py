@@ -21,7 +21,7 @@ from actors.engine.cpu.linear import Linear
 from actors.engine.cpu.outer import SIZE, row_width
 from actors.engine.cpu.panels import COLUMNS, Panels
 from actors.engine.cpu.threads import Program
-from actors.engine.experts.layer import Experts
+from actors.engine.experts.layer import Experts, ExpertsBroken
 from actors.engine.experts.slots import PanelSlots
 from actors.engine.model import MoEModel
 
@@ -147,13 +147,16 @@ class Decoder:
     # --- what is computed ------------------------------------------------------------------------------------------
 
     def _adopt(self, experts: Experts) -> None:
-        """Programs know where experts stand by ``slots``. Raises LookupError if one has none that is filled."""
+        """Programs know by ``_slots`` where experts stand. Raises ExpertsBroken if one is in an empty slot."""
         routing = experts.routing
         first = routing.rank_index * routing.num_slots
         own = routing.table[:, routing.rank_index, : experts.num_experts].astype(np.int64) - first
         for layer, row in zip(experts.layers, own, strict=True):
             assert isinstance(layer, PanelSlots)
-            layer.check({*row.tolist()})
+            try:
+                layer.check({*row.tolist()})
+            except LookupError as error:
+                raise ExpertsBroken(f"rank index {routing.rank_index} cannot compute its experts: {error}") from error
         self._slots.copy_(torch.from_numpy(own))
         self._routing = routing
 
