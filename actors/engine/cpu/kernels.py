@@ -264,7 +264,7 @@ def rotate_and_store(
     joined: int, cosine: int, sine: int, query: int, pools: tuple[torch.Tensor, torch.Tensor], plan: int,
     tokens: int, heads: int, turned: int,
 ) -> Work:  # fmt: skip
-    """``split_and_rotate`` with keys and values to where ``plan``, an ``attend.Plan``, says; the others are addresses."""
+    """``split_and_rotate`` with keys and values to where ``plan``, an ``attend.Plan``, says; all else are addresses."""
     shared, blocks, width, size = pools[0].shape
     shares = as_shares(tokens, (heads + 2 * shared) * width)
     sizes = tokens, heads, shared, width, turned, blocks, size, shares
