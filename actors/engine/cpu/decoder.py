@@ -18,9 +18,10 @@ from actors.engine.attention.compiled import CompiledPagedAttention
 from actors.engine.cpu import kernels, route
 from actors.engine.cpu.attend import attention
 from actors.engine.cpu.linear import Linear
+from actors.engine.cpu.outer import SIZE, row_width
 from actors.engine.cpu.panels import COLUMNS, Panels
 from actors.engine.cpu.threads import Program
-from actors.engine.experts.layer import Experts
+from actors.engine.experts.layer import Experts, ExpertsBroken
 from actors.engine.experts.slots import PanelSlots
 from actors.engine.model import MoEModel
 
@@ -112,7 +113,7 @@ class Decoder:
     def _panels(self, *parts: Any) -> Panels:
         linear = self._joined.get(parts)
         panels = None if linear is None else linear.panels
-        if panels is None or panels.shape[0] % COLUMNS or panels.shape[1] * 4 % _PAGE == 0:
+        if panels is None or panels.shape[0] % COLUMNS or panels.shape[1] * SIZE % _PAGE == 0:
             raise _Unknown
         return panels
 
@@ -146,13 +147,16 @@ class Decoder:
     # --- what is computed ------------------------------------------------------------------------------------------
 
     def _adopt(self, experts: Experts) -> None:
-        """Programs know where experts stand by ``slots``. Raises LookupError if one has none that is filled."""
+        """Programs know by ``_slots`` where experts stand. Raises ExpertsBroken if one is in an empty slot."""
         routing = experts.routing
         first = routing.rank_index * routing.num_slots
         own = routing.table[:, routing.rank_index, : experts.num_experts].astype(np.int64) - first
         for layer, row in zip(experts.layers, own, strict=True):
             assert isinstance(layer, PanelSlots)
-            layer.check({*row.tolist()})
+            try:
+                layer.check({*row.tolist()})
+            except LookupError as error:
+                raise ExpertsBroken(f"rank index {routing.rank_index} cannot compute its experts: {error}") from error
         self._slots.copy_(torch.from_numpy(own))
         self._routing = routing
 
@@ -173,21 +177,21 @@ class Decoder:
         cosine, sine = (self._at(name, turned) for name in ("cosine", "sine"))
         whole, given = program.keep(torch.tensor([1, 0, rows, 0])), 0
 
-        def multiply(panels: Panels, source: int, out: str) -> int:
-            target = self._at(out, panels.shape[0])
-            program.add(*panels.product(source, panels.shape[1] * 4, target, whole))
+        def multiply(panels: Panels, source: int, out: str, room: int) -> int:
+            target = self._at(out, room)
+            program.add(*panels.product(source, panels.shape[1] * SIZE, target, room * SIZE, whole))
             return target
 
         def dense(mlp: _Dense, out: str) -> int:
-            inner = multiply(mlp.inner, normed, "inner")
             half = mlp.outer.shape[1]
-            gated = self._at("gated", half)
-            program.add(*kernels.gate(inner, gated, rows, half))
-            return multiply(mlp.outer, gated, out)
+            room, gated = row_width(2 * half), self._at("gated", half)
+            inner = multiply(mlp.inner, normed, "inner", room)
+            program.add(*kernels.gate(inner, room, gated, rows, half))
+            return multiply(mlp.outer, gated, out, width)
 
         for layer in self._layers:
             program.add(*kernels.norm(x, given, layer.first[0].data_ptr(), normed, rows, width, layer.first[1]))
-            joined = multiply(layer.joined, normed, "joined")
+            joined = multiply(layer.joined, normed, "joined", layer.joined.shape[0])
             pools, plan = (attend.keys[layer.site], attend.values[layer.site]), attend.plan(layer.heads, layer.site)
             query = self._at("query", layer.outer.shape[1])
             program.add(
@@ -197,7 +201,7 @@ class Decoder:
             )  # fmt: skip
             seen = self._at("seen", layer.outer.shape[1])
             program.add(*attention(query, pools, plan, seen, rows, layer.heads, layer.scaling))
-            multiply(layer.outer, seen, "delta")
+            multiply(layer.outer, seen, "delta", width)
             program.add(*kernels.norm(x, delta, layer.second[0].data_ptr(), normed, rows, width, layer.second[1]))
             if isinstance(layer.mlp, _Sparse):
                 self._add_sparse(program, layer.mlp, rows, dense)
@@ -216,7 +220,8 @@ class Decoder:
         ids, places = (self._at(name, top_k, torch.int64) for name in ("ids", "places"))
         weights, gathered = self._at("weights", top_k + 1), self._at("gathered", top_k * width)
         groups = program.keep(torch.zeros(1 + 3 * num_slots, dtype=torch.int64))
-        inner, gated = self._at("inner of experts", top_k * 2 * half), self._at("gated of experts", top_k * half)
+        room = row_width(2 * half)
+        inner, gated = self._at("inner of experts", top_k * room), self._at("gated of experts", top_k * half)
         results = self._at("results", top_k * width)
         gate = 0 if mlp.gate is None else mlp.gate.data_ptr()
         program.add(
@@ -226,9 +231,9 @@ class Decoder:
         program.add(
             *route.group(normed, ids, slots, gathered, places, groups, chosen, rows, width, count, top_k, num_slots)
         )
-        program.add(*up.product(gathered, width * 4, inner, groups))
-        program.add(*kernels.gate(inner, gated, pairs, half))
-        program.add(*down.product(gated, half * 4, results, groups))
+        program.add(*up.product(gathered, width * SIZE, inner, room * SIZE, groups))
+        program.add(*kernels.gate(inner, room, gated, pairs, half))
+        program.add(*down.product(gated, half * SIZE, results, width * SIZE, groups))
         shared = 0 if mlp.shared is None else dense(mlp.shared, "shared")
         program.add(*route.combine(results, places, weights, shared, delta, rows, width, top_k))
 

@@ -96,7 +96,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Ten
 def _gate(x, out):  # type: ignore[no-untyped-def]
     rows, width = out.shape
     for row in range(rows):
-        gate, up, target = x[row, :width], x[row, width:], out[row]
+        gate, up, target = x[row, :width], x[row, width : 2 * width], out[row]
         for i in range(width):
             power = min(max(-gate[i] * LOG2_E, LOWEST), -LOWEST)  # fast: any NaN comes back with the product
             target[i] = gate[i] / (ONE + exp2(power)) * up[i]
@@ -104,8 +104,8 @@ def _gate(x, out):  # type: ignore[no-untyped-def]
 
 @cfunc("void(CPointer(int64))", fastmath=True, error_model="numpy", cache=True)
 def _silu_and_mul(task):  # type: ignore[no-untyped-def]
-    _, x_at, out_at, rows, width, shares = carray(task, 6)
-    x, out = carray(floats(x_at), (rows, 2 * width)), carray(floats(out_at), (rows, width))
+    _, x_at, room, out_at, rows, width, shares = carray(task, 7)
+    x, out = carray(floats(x_at), (rows, room)), carray(floats(out_at), (rows, width))
     while True:
         share = take(task)
         if share >= shares:
@@ -114,18 +114,20 @@ def _silu_and_mul(task):  # type: ignore[no-untyped-def]
         _gate(x[some], out[some])
 
 
-def gate(x: int, out: int, rows: int, width: int) -> Work:
-    """``silu_and_mul`` of ``rows`` of ``2 * width`` at address ``x``, to ``out``."""
-    return _silu_and_mul, [x, out, rows, width, as_shares(rows, 2 * width)]
+def gate(x: int, room: int, out: int, rows: int, width: int) -> Work:
+    """``silu_and_mul`` of ``rows`` of ``2 * width``, ``room`` float32 apart, at address ``x``, to ``out``."""
+    return _silu_and_mul, [x, room, out, rows, width, as_shares(rows, 2 * width)]
 
 
 def silu_and_mul(x: torch.Tensor) -> torch.Tensor:
     """``[..., 2 * w] -> [..., w]``: SiLU of the first half times the second."""
-    x = x.contiguous()
     width = x.shape[-1] // 2
+    joined = x.reshape(-1, 2 * width)
+    if joined.stride(1) != 1:
+        joined = joined.contiguous()
     out = torch.empty(*x.shape[:-1], width)
-    rows = out.numel() // width
-    work, arguments = gate(x.data_ptr(), out.data_ptr(), rows, width)
+    rows = len(joined)
+    work, arguments = gate(joined.data_ptr(), joined.stride(0), out.data_ptr(), rows, width)
     run(work, as_shares(rows, 2 * width), arguments)
     return out
 
@@ -262,7 +264,7 @@ def rotate_and_store(
     joined: int, cosine: int, sine: int, query: int, pools: tuple[torch.Tensor, torch.Tensor], plan: int,
     tokens: int, heads: int, turned: int,
 ) -> Work:  # fmt: skip
-    """``split_and_rotate`` with keys and values to where ``plan`` (of ``attend``) says; the others are addresses."""
+    """``split_and_rotate`` with keys and values to where ``plan``, an ``attend.Plan``, says; all else are addresses."""
     shared, blocks, width, size = pools[0].shape
     shares = as_shares(tokens, (heads + 2 * shared) * width)
     sizes = tokens, heads, shared, width, turned, blocks, size, shares

@@ -10,6 +10,7 @@ from __future__ import annotations
 import platform
 from typing import Any
 
+import torch
 from llvmlite import ir
 from numba import types
 from numba.core.cgutils import get_or_insert_function
@@ -27,6 +28,8 @@ ROWS = 12 if "+avx512f" in _FEATURES or not _X86 else 6
 """Most rows: their sums take 24 of 32 vector registers, or 12 of 16."""
 SIZE = 4
 """Bytes of a float32."""
+_PER_LINE = 16  # float32 in a line of cache
+_FEW_SETS = 32  # rows a multiple of so many lines apart have two of 64 sets, or one
 
 _INT, _FLOAT = ir.IntType(64), ir.FloatType()
 _VECTOR = ir.VectorType(_FLOAT, LANES)
@@ -91,6 +94,17 @@ def _write(module: ir.Module, rows: int) -> ir.Function:
             builder.store(builder.fadd(so_far, results[row][part]), at(target, offset, _VECTOR), align=SIZE)
     builder.ret_void()
     return function
+
+
+def row_width(width: int) -> int:
+    """In how much room a row of ``width`` float32 best stands: so that neighbours share no lines of the first cache."""
+    lines = -(-width // _PER_LINE)
+    return width if lines % _FEW_SETS else (lines + 1) * _PER_LINE
+
+
+def rows(count: int, width: int) -> torch.Tensor:
+    """Empty ``[count, width]``, a ``row_width`` apart."""
+    return torch.empty(count, row_width(width))[:, :width]
 
 
 @intrinsic

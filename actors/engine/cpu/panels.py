@@ -48,11 +48,10 @@ _SHARES = 4  # tasks per thread: the cores of a shared machine are not equally f
 @cfunc("void(CPointer(int64))", error_model="numpy", cache=True)
 def _multiply(task):  # type: ignore[no-untyped-def]
     """See ``Panels.multiply``. A task is ``chunk`` panels of a group's weight for all rows of the group."""
-    _, panels, biases, x, x_step, out, depth, per_weight, shares, groups_at = carray(task, 10)
+    _, panels, biases, x, x_step, out, out_step, depth, per_weight, shares, groups_at = carray(task, 11)
     groups = integers(groups_at)[0]
     spans = carray(integers(groups_at), 1 + 3 * groups)[1:]
     chunk = min((per_weight * groups + shares - 1) // shares, per_weight)
-    out_step = per_weight * _ROW
     chunks = (per_weight + chunk - 1) // chunk
     while True:
         index = threads.take(task)
@@ -121,17 +120,19 @@ class Panels:
         self._biases[index] = other._biases[0]
 
     def multiply(self, x: torch.Tensor, groups: Sequence[tuple[int, int, int]]) -> torch.Tensor:
-        """``x [n, depth]`` to ``[n, width]``: rows ``start .. end - 1`` by weight ``i`` for each ``(start, end, i)``.
+        """``x [n, depth]`` to ``[n, width]``, whose rows may stand apart.
 
-        The groups cover all rows.
+        Rows ``start .. end - 1`` are multiplied by weight ``i`` for each ``(start, end, i)``; groups cover all rows.
         """
         if len(x) >= _MANY * len(groups) and amx.available():
             out = tiles.multiply(self._panels, self._biases, x.contiguous(), groups)
             return out if out.shape[1] == self._width else out[:, : self._width].contiguous()
         x = _apart(x) if len(x) > 1 and self._depth * SIZE % _PAGE == 0 else x.contiguous()
-        out = torch.empty(len(x), self._per_weight * COLUMNS)
+        out = outer.rows(len(x), self._per_weight * COLUMNS)
         plan = torch.tensor([len(groups), *(number for group in groups for number in group)])
-        work, arguments = self.product(x.data_ptr(), x.stride(0) * SIZE, out.data_ptr(), plan.data_ptr())
+        work, arguments = self.product(
+            x.data_ptr(), x.stride(0) * SIZE, out.data_ptr(), out.stride(0) * SIZE, plan.data_ptr()
+        )
         threads.run(work, self._per_weight * len(groups), arguments)
         return out if out.shape[1] == self._width else out[:, : self._width].contiguous()
 
@@ -140,15 +141,15 @@ class Panels:
         """``(width, depth)``."""
         return self._width, self._depth
 
-    def product(self, x: int, x_step: int, out: int, groups: int) -> Work:
+    def product(self, x: int, x_step: int, out: int, out_step: int, groups: int) -> Work:
         """``multiply`` as a work of ``threads``, by addresses.
 
-        ``x_step`` bytes lead from one row of ``x`` to the next; ``out`` has rows of whole panels. At ``groups`` stand,
-        as int64, their number and the three of each.
+        A ``_step``, in bytes, leads from one row to the next; those of ``out`` have room for whole panels. At
+        ``groups`` stand, as int64, their number and the three of each.
         """
         shares = _SHARES * torch.get_num_threads()
         parts = self._panels.data_ptr(), self._biases.data_ptr()
-        return _multiply, [*parts, x, x_step, out, self._depth, self._per_weight, shares, groups]
+        return _multiply, [*parts, x, x_step, out, out_step, self._depth, self._per_weight, shares, groups]
 
 
 def _apart(x: torch.Tensor) -> torch.Tensor:

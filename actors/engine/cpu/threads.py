@@ -28,7 +28,7 @@ def _address(name: str) -> int | None:
 def _find() -> Any:
     if _address("GOMP_parallel") is None:
         return None
-    entry = ctypes.CDLL(None).GOMP_parallel
+    entry = ctypes.CDLL(None).GOMP_parallel  # as a function, for which ctypes releases the GIL
     # void GOMP_parallel(void (*work)(void *), void *data, unsigned threads, unsigned flags)
     entry.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
     entry.restype = None
@@ -71,9 +71,11 @@ class Program:
         return part.data_ptr()
 
     def add(self, work: Any, arguments: Sequence[int]) -> None:
+        """Behind the others, before the first ``run``."""
         self.works.append((work, arguments))
 
     def run(self) -> None:
+        """All works, in the order in which they were added. The GIL is released."""
         if self._sealed is None:
             data = np.array([number for _, arguments in self.works for number in (0, *arguments)], np.int64)
             starts = np.cumsum([0, *(1 + len(arguments) for _, arguments in self.works)])[:-1]

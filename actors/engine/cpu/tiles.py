@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from numba import carray, cfunc, njit
 
-from actors.engine.cpu import threads
+from actors.engine.cpu import outer, threads
 from actors.engine.cpu.amx import (
     LINE,
     PIECES,
@@ -36,7 +36,7 @@ COLUMNS = 2 * TILE
 """Of a panel."""
 _SPLITS = 2 * TILE  # of a step of a panel: 16 pairs of rows, each in two halves
 _BLOCK = 256  # rows, and
-_DEEPEST = 24  # steps: the pieces of so many stay in the core's second cache beside two panels'
+_DEEPEST = 24
 _SHARES = 4  # tasks per thread: the cores of a shared machine are not equally fast
 _AHEAD = 8192  # bytes of weights that are asked for before they are taken to pieces
 
@@ -88,9 +88,9 @@ def _round(number, steps, slabs, start, end, blocks, first, past):  # type: igno
 @cfunc("void(CPointer(int64))", error_model="numpy", cache=True)
 def _multiply(task):  # type: ignore[no-untyped-def]
     """See ``multiply``. A task is ``chunk`` panels of a group's weight for all rows of the group."""
-    _, panels, biases, x, x_step, out, depth, per_weight, chunk, groups = carray(task, 10)
-    spans = carray(task, 10 + 3 * groups)[10:]
-    width, out_step = per_weight * COLUMNS, per_weight * COLUMNS * 4
+    _, panels, biases, x, x_step, out, out_step, depth, per_weight, chunk, groups = carray(task, 11)
+    spans = carray(task, 11 + 3 * groups)[11:]
+    width = per_weight * COLUMNS
     chunks = (per_weight + chunk - 1) // chunk
     steps = (depth + STEP - 1) // STEP
     slabs = (steps + _DEEPEST - 1) // _DEEPEST
@@ -162,7 +162,7 @@ def _multiply(task):  # type: ignore[no-untyped-def]
 def multiply(
     panels: torch.Tensor, biases: torch.Tensor, x: torch.Tensor, groups: Sequence[tuple[int, int, int]]
 ) -> torch.Tensor:
-    """``x [n, depth]`` to ``[n, p * 32]``, as ``Panels.multiply`` does, whose rows are contiguous.
+    """``x [n, depth]`` to ``[n, p * 32]``, as ``Panels.multiply`` does, each of whose rows is contiguous.
 
     ``panels [weights, p, depth, 32]``, ``biases [weights, p * 32]``; all float32. Only where ``available``.
     """
@@ -172,12 +172,12 @@ def multiply(
     # A group's last tiles go on behind its rows; what they give is dropped.
     pieces = torch.empty((rows + 2 * TILE) * step + LINE, dtype=torch.uint8)
     pieces_at = -(-pieces.data_ptr() // LINE) * LINE
-    out = torch.empty(rows + 2 * TILE, per_weight * COLUMNS)[:rows]
+    out = outer.rows(rows + 2 * TILE, per_weight * COLUMNS)[:rows]
     tasks = _SHARES * torch.get_num_threads()
     shares = min(rows, tasks)
     threads.run(_split_rows, shares, [x.data_ptr(), x.stride(0) * 4, pieces_at, step, rows, depth, shares])
     chunk = min(-(-per_weight * len(groups) // tasks), per_weight)
-    addresses = panels.data_ptr(), biases.data_ptr(), pieces_at, step, out.data_ptr()
+    addresses = panels.data_ptr(), biases.data_ptr(), pieces_at, step, out.data_ptr(), out.stride(0) * 4
     spans = [number for group in groups for number in group]
     threads.run(
         _multiply,
