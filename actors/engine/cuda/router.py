@@ -88,7 +88,7 @@ def _choose(  # type: ignore[no-untyped-def]
         others, own = ranked[:, None, :], ranked[:, :, None]
         first = number[None, None, :] < number[None, :, None]
         rank = tl.sum(tl.where(first, others >= own, others > own).to(tl.int32), 2)
-        here = rank[:, :, None] == slot[:, None, :]
+        here = (rank[:, :, None] == slot[:, None, :]) & (slot < TOP_K)[:, None, :]
         ids = tl.sum(tl.where(here, expert[:, :, None], 0), 1)
         weights = tl.sum(tl.where(here, scores[:, :, None], 0.0), 1)
     else:

@@ -199,7 +199,7 @@ def chosen_of(logits: torch.Tensor, choice: Choice) -> tuple[torch.Tensor, torch
     ("experts", "choice"),
     [
         (128, Choice(8, False, True, torch.float32)),
-        (10, Choice(3, False, False, torch.bfloat16)),
+        (10, Choice(3, False, True, torch.bfloat16)),
         (6, Choice(6, False, False, torch.float32, factor=2.5)),
         (60, Choice(4, True, True, torch.float32, torch.randn(60) * 0.2, 4, 2, 1.5)),
         (256, Choice(8, True, True, torch.float32, torch.randn(256) * 0.2, 8, 4, 2.5)),

@@ -98,7 +98,7 @@ def test_which_layers_take_a_row(dtype: torch.dtype, monkeypatch: pytest.MonkeyP
     ("experts", "choice"),
     [
         (128, Choice(8, False, True, torch.float32)),
-        (10, Choice(3, True, False, torch.bfloat16, torch.randn(10))),
+        (10, Choice(3, True, True, torch.bfloat16, torch.randn(10))),
         (60, Choice(4, True, True, torch.float32, torch.randn(60) * 0.2, 4, 2, 1.5)),
     ],
 )
