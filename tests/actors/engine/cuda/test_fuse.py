@@ -225,7 +225,7 @@ def test_chosen_experts(experts: int, choice: Choice) -> None:
 @pytest.mark.parametrize("wide", [False, True])
 @pytest.mark.parametrize(
     ("experts", "choice"),
-    [(128, Choice(8, False, True, torch.float32)), (10, Choice(3, True, False, torch.bfloat16, torch.randn(10)))],
+    [(128, Choice(8, False, True, torch.float32)), (10, Choice(3, True, True, torch.bfloat16, torch.randn(10)))],
 )
 def test_routers(dtype: torch.dtype, wide: bool, experts: int, choice: Choice) -> None:
     if choice.correction is not None:
