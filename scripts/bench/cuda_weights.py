@@ -21,6 +21,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from ceilings import copy_bandwidth
 from cuda_experts import (  # type: ignore[import-not-found]
     EXPERTS,
     HIDDEN,
@@ -30,7 +31,6 @@ from cuda_experts import (  # type: ignore[import-not-found]
     TOP_K,
     Block,
     Gated,
-    copy_rate,
     draw,
     error,
     make,
@@ -213,7 +213,7 @@ class Quantized(torch.nn.Module):
 
 @torch.inference_mode()
 def in_fp8(device: torch.device) -> list[str]:
-    rates = copy_rate(device)
+    rate = copy_bandwidth()
     plain = [
         Gated(EXPERTS, HIDDEN, INNER, torch.bfloat16, device).fill(layer, range(EXPERTS)) for layer in range(LAYERS)
     ]
@@ -252,7 +252,7 @@ def in_fp8(device: torch.device) -> list[str]:
                 print(f"  {candidate}: {type(failure).__name__} {str(failure)[:80]}", flush=True)
                 quantized.adopt(whole(LAYERS), SoloExchange())
         fp8.shape = present
-        floor = 1e6 * block.distinct * 3 * HIDDEN * INNER / rates
+        floor = 1e6 * block.distinct * 3 * HIDDEN * INNER / rate
         best = "  ".join(f"{shape} {us:.1f}" for us, shape in sorted(found)[:3])
         lines.append(f"{rows:5} {bf16:9.1f} {now:8.1f} {floor:12.1f}        {best}")
         print(lines[-1], flush=True)
