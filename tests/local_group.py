@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from actors.coordinator import Coordinator
+from actors.engine.batch import Batch
 from actors.engine.config import EngineConfig
 from actors.membership import Epoch, Member
 from actors.sockets import Keys
@@ -79,26 +80,37 @@ def _engine(pipe: Connection, rank: int, index: int, size: int, config: EngineCo
             return
 
 
+def _before_steps(core: Any, act: Callable[[Batch], None]) -> None:
+    """Has ``act`` called in the place where the model computes, before each of its steps."""
+    steps = core._runner.steps
+    own = steps.run
+
+    def run(batch: Batch, drawn: Any = None) -> Any:
+        act(batch)
+        return own(batch, drawn)
+
+    steps.run = run
+
+
 def _poison(core: Any, token: int) -> None:
     """Makes the model raise whenever ``token`` is among a step's inputs."""
-    module = core._runner.model.module
 
-    def check(_module: Any, _args: Any, kwargs: dict[str, Any]) -> None:
-        if (kwargs["input_ids"] == token).any():
+    def check(batch: Batch) -> None:
+        if any(token in part.tokens for part in batch.slices):
             raise RuntimeError(f"poison token {token}")
 
-    module.register_forward_pre_hook(check, with_kwargs=True)
+    _before_steps(core, check)
 
 
 def _hold(core: Any) -> tuple[threading.Event, threading.Event]:
     """Makes the next step wait in the model: the first event says that it does, the second lets it go on."""
     holds, release = threading.Event(), threading.Event()
 
-    def wait(_module: Any, _args: Any) -> None:
+    def wait(_batch: Batch) -> None:
         holds.set()
         assert release.wait(60)
 
-    core._runner.model.module.register_forward_pre_hook(wait)
+    _before_steps(core, wait)
     return holds, release
 
 
