@@ -108,9 +108,9 @@ def shape(dtype: torch.dtype, rows: float, product: str) -> Shape:
 
 
 _SHAPES = [
-    (24, Shape(16, 64, 128, 4, 4, 2)),
-    (48, Shape(32, 64, 128, 4, 4, 2)),
-    (float("inf"), Shape(64, 128, 128, 8, 3, 1)),
+    (24, Shape(16, 64, 128, 4, 3, 3)),
+    (256, Shape(64, 64, 128, 4, 3, 2)),
+    (float("inf"), Shape(128, 128, 64, 8, 3, 1)),
 ]
 
 
