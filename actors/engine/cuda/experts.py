@@ -32,7 +32,7 @@ _COLUMNS = 512
 # Up to so many rows kernels start early (see ``overlap.py``); these are in the way sooner than others.
 MOST_ROWS = 16
 # Of the products pair by pair: columns of a program, at most, and programs per multiprocessor. As measured on an H100
-# with the sizes of Qwen3-30B-A3B, 2026-11-25.
+# with the sizes of Qwen3-30B-A3B, 2026-11-27.
 _EXPAND, _CONTRACT = (4, 8), (4, 16)
 
 
