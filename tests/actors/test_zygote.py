@@ -19,7 +19,7 @@ from ray.exceptions import RayActorError
 
 from actors import zygote
 
-SHARED = {"OMP_NUM_THREADS": "1", "ACCORDION_TEST": "shared"}
+SHARED = {"OMP_NUM_THREADS": "1", "ZYGOTE_TEST": "shared"}
 
 
 @ray.remote(num_cpus=1)
@@ -32,7 +32,7 @@ class Rank:
             "parent": os.getppid(),
             "group": os.getpgrp(),
             "transformers": "transformers" in sys.modules,
-            "environment": {name: value for name, value in os.environ.items() if name.startswith("ACCORDION_TEST")},
+            "environment": {name: value for name, value in os.environ.items() if name.startswith("ZYGOTE_TEST")},
             "drawn": (random.random(), float(numpy.random.random()), float(torch.rand(())), ray.WorkerID.from_random()),
             "product": float((torch.ones(300, 300) @ torch.ones(300, 300)).sum()),
         }
@@ -47,7 +47,7 @@ def cluster() -> Iterator[TestCluster]:
 def start(own: str, device: str = "cpu") -> Any:
     return Rank.options(  # type: ignore[attr-defined]
         runtime_env={
-            "env_vars": SHARED | {"ACCORDION_TEST_RANK": own},
+            "env_vars": SHARED | {"ZYGOTE_TEST_RANK": own},
             "py_executable": zygote.command(SHARED, device, "no model"),
         }
     ).remote()
@@ -81,8 +81,8 @@ def test_ranks_are_forks_of_one_process_and_share_nothing_else(cluster: TestClus
     first, second = (ray.get(rank.describe.remote()) for rank in ranks)
     assert first["parent"] == second["parent"] and "actors.zygote" in program(first["parent"])
     assert first["transformers"]
-    assert first["environment"] == {"ACCORDION_TEST": "shared", "ACCORDION_TEST_RANK": "first"}
-    assert second["environment"]["ACCORDION_TEST_RANK"] == "second"
+    assert first["environment"] == {"ZYGOTE_TEST": "shared", "ZYGOTE_TEST_RANK": "first"}
+    assert second["environment"]["ZYGOTE_TEST_RANK"] == "second"
     assert all(one != other for one, other in zip(first["drawn"], second["drawn"], strict=True))
     assert first["product"] == 300**3
     assert len({first["group"], second["group"], os.getpgid(first["parent"])}) == 3
@@ -119,6 +119,6 @@ def test_without_a_zygote_a_rank_starts_as_any_worker_does(cluster: TestCluster)
     rank = start("alone", device="abacus")  # whose modules nobody knows: the zygote ends at once
     alone = ray.get(rank.describe.remote())
     assert not alone["transformers"] and "zygote" not in program(alone["parent"])
-    assert alone["environment"]["ACCORDION_TEST_RANK"] == "alone"
+    assert alone["environment"]["ZYGOTE_TEST_RANK"] == "alone"
     end(rank)
     until(lambda: gone(alone["pid"]))
