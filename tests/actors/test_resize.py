@@ -25,7 +25,7 @@ pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 LENGTH = 60
 CYCLES = 50
 # Until then caches and pools fill up.
-SETTLED = 10
+SETTLED = 20
 MEMORY_MIB = 24  # allocators' noise
 
 
