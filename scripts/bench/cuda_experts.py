@@ -308,10 +308,11 @@ def compile_all(part: int, parts: int) -> None:
     torch.cuda.synchronize()
 
 
-def compile_ahead() -> None:
+def compile_ahead(work: Callable[[int, int], None]) -> None:
+    """Runs ``work(part, parts)`` for all parts, each in a process of its own."""
     context = multiprocessing.get_context("spawn")
     parts = min(14, max(1, (os.cpu_count() or 2) - 1))
-    processes = [context.Process(target=compile_all, args=(part, parts)) for part in range(parts)]
+    processes = [context.Process(target=work, args=(part, parts)) for part in range(parts)]
     for process in processes:
         process.start()
     for process in processes:
@@ -333,7 +334,7 @@ def main() -> None:
     lines = []
     if "tune" in only:
         stage("compiling")
-        compile_ahead()
+        compile_ahead(compile_all)
     if "check" in only:
         stage("checking")
         check(device)

@@ -11,8 +11,6 @@ which comes last, stands a timeline of a layer.
 from __future__ import annotations
 
 import argparse
-import multiprocessing
-import os
 import statistics
 import time
 from collections.abc import Callable
@@ -20,7 +18,7 @@ from typing import Any
 
 import torch
 from ceilings import copy_bandwidth
-from cuda_experts import EXPERTS, HIDDEN, INNER, TOP_K, Gated, make, whole
+from cuda_experts import EXPERTS, HIDDEN, INNER, TOP_K, Gated, compile_ahead, make, whole
 
 from actors.engine.attention.base import KVShape
 from actors.engine.attention.triton_paged import TritonPagedAttention
@@ -174,16 +172,6 @@ def compile_part(part: int, parts: int) -> None:
         torch.cuda.synchronize()
 
 
-def compile_ahead() -> None:
-    context = multiprocessing.get_context("spawn")
-    parts = min(14, max(1, (os.cpu_count() or 2) - 1))
-    processes = [context.Process(target=compile_part, args=(part, parts)) for part in range(parts)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(60)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=12)
@@ -191,7 +179,7 @@ def main() -> None:
     arguments = parser.parse_args()
     began = time.monotonic()
     torch.manual_seed(0)
-    compile_ahead()
+    compile_ahead(compile_part)
     print(f"[{time.monotonic() - began:5.1f} s] compiled", flush=True)
     with torch.inference_mode():
         bandwidth = copy_bandwidth()

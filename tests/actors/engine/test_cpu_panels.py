@@ -4,25 +4,17 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Iterator
 
 import pytest
 import torch
 
-from actors.engine.cpu import amx, threads
+from actors.engine.cpu import amx
 from actors.engine.cpu.panels import COLUMNS, ROWS, Panels
 
 NAN, INF = float("nan"), float("inf")
 
 
-@pytest.fixture(params=["one thread", "two threads", "no OpenMP"], autouse=True)
-def pool(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1 if request.param == "one thread" else 2)
-    if request.param == "no OpenMP":
-        monkeypatch.setattr(threads, "_parallel", None)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("thread_pool")
 
 
 def filled(count: int, width: int, depth: int) -> tuple[Panels, torch.Tensor, torch.Tensor]:

@@ -2,25 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 
-from actors.engine.cpu import kernels, pages, route, threads
+from actors.engine.cpu import kernels, pages, route
 from actors.engine.cpu.threads import Program
 
 ROWS, WIDTH, EXPERTS, TOP_K = 5, 24, 6, 2
 
 
-@pytest.fixture(params=["one thread", "two threads", "no OpenMP"], autouse=True)
-def pool(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1 if request.param == "one thread" else 2)
-    if request.param == "no OpenMP":
-        monkeypatch.setattr(threads, "_parallel", None)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("thread_pool")
 
 
 def test_each_work_sees_all_of_the_one_before_and_a_program_runs_again() -> None:
