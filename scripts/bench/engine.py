@@ -27,7 +27,6 @@ import torch
 from ceilings import copy_bandwidth, matrix_rate
 from usage import Usage
 
-from actors.engine import sampler
 from actors.engine.attention.base import bytes_per_block
 from actors.engine.batch import Batch, Slice
 from actors.engine.blocks import BlockPool
@@ -42,7 +41,8 @@ from actors.engine.scheduler import Scheduler
 from actors.wire import SamplingParams
 
 CONTEXT = 1024
-STEPS = 24
+# Steps measured, and those before them.
+STEPS, WARM = 24, 3
 GREEDY = SamplingParams(max_tokens=1, temperature=0.0)
 
 
@@ -87,7 +87,8 @@ def measure(arguments: argparse.Namespace, model: Path) -> dict[str, Any]:
     if "profile" in only:
         for size in sizes:
             profile(f"decode of {size}", lambda size=size: Decodes(runner, size).step())
-        profile("prefill of 8,192", lambda: prefill_step(runner, [8192]))
+        batch = prompts(runner, [8192])
+        profile("prefill of 8,192", lambda: runner.step(batch, [8192]))
     if "prefill" in only:
         result["prefill"] = [prefill(runner, lengths, rates["matrix"]) for lengths in ([8192], [1024] * 8)]
     if "batch" in only:
@@ -114,7 +115,7 @@ class Decodes:
         self._runner = runner
         self._draw = random.Random(count)
         size = runner.config.block_size
-        needed = -(-(CONTEXT + 2 * STEPS + 8) // size)
+        needed = -(-(CONTEXT + STEPS + WARM) // size)
         self._blocks = [list(range(i * needed, (i + 1) * needed)) for i in range(count)]
         self._length = CONTEXT
 
@@ -126,37 +127,45 @@ class Decodes:
             slices.append(Slice("x", [token], self._length, blocks, True, [], [], GREEDY))
         return Batch(tuple(slices))
 
-    def step(self) -> tuple[float, float]:
-        """Seconds of the device's work on the model, and of everything until the tokens are here."""
+    def step(self) -> float:
+        """Seconds from the first work on the host to the last on the device, with nothing launched ahead."""
         batch = self.batch()
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        began = time.perf_counter()
         start.record()
-        logits = self._runner.step(batch, [len(self._blocks)])
+        self._runner.step(batch, [len(self._blocks)])
         end.record()
-        sampler.sample(logits, batch.slices)
-        whole = time.perf_counter() - began
         torch.cuda.synchronize()
-        return start.elapsed_time(end) / 1e3, whole
+        return start.elapsed_time(end) / 1e3
+
+    def ahead(self, tokens_per_rank: Callable[[], list[int]]) -> float:
+        """Seconds of a step, sampling included, where one is launched while the one before it runs, as ranks do."""
+        pipeline, landed = Pipeline(self._runner), []
+        for _ in range(WARM + STEPS):
+            pipeline.launch(self.batch(), tokens_per_rank())
+            if len(pipeline) > 1:
+                pipeline.land()
+                landed.append(time.perf_counter())
+        pipeline.land()
+        return statistics.median(np.diff(landed[WARM - 1 :]).tolist())
 
 
 def decode(runner: ModelRunner, count: int, bandwidth: float) -> dict[str, Any]:
+    ahead = Decodes(runner, count).ahead(lambda: [count])
     decodes = Decodes(runner, count)
-    for _ in range(3):
+    for _ in range(WARM):
         decodes.step()
     experts = runner.model.experts
-    distinct, before, times = [], np.array(experts.chosen.tolist()), []
+    distinct, before, alone = [], np.array(experts.chosen.tolist()), []
     for _ in range(STEPS):
-        times.append(decodes.step())
+        alone.append(decodes.step())
         after = np.array(experts.chosen.tolist())
         distinct.append(float((after > before).sum(axis=1).mean()))
         before = after
     read = bytes_read(runner, count, statistics.mean(distinct))
-    device, whole = (statistics.median(part) for part in zip(*times, strict=True))
     floor = sum(read.values()) / bandwidth
     return {
-        "requests": count, "step_ms": device * 1e3, "with_sampling_ms": whole * 1e3, "floor_ms": floor * 1e3,
-        "over_floor": device / floor, "distinct_experts": statistics.mean(distinct), "read_bytes": read,
+        "requests": count, "step_ms": ahead * 1e3, "alone_ms": statistics.median(alone) * 1e3, "floor_ms": floor * 1e3,
+        "over_floor": ahead / floor, "distinct_experts": statistics.mean(distinct), "read_bytes": read,
     }  # fmt: skip
 
 
@@ -186,23 +195,24 @@ def bytes_read(runner: ModelRunner, count: int, distinct: float) -> dict[str, fl
 # --- prefill ---------------------------------------------------------------------------------------------------------
 
 
-def prefill_step(runner: ModelRunner, lengths: list[int]) -> torch.Tensor:
+def prompts(runner: ModelRunner, lengths: list[int]) -> Batch:
     size, draw, first, slices = runner.config.block_size, random.Random(len(lengths)), 0, []
     for length in lengths:
         tokens = [draw.randrange(runner.summary.vocab_size) for _ in range(length)]
         blocks = list(range(first, first := first + -(-length // size)))
         slices.append(Slice("x", tokens, 0, blocks, True, tokens, [], GREEDY))
-    return runner.step(Batch(tuple(slices)), [sum(lengths)])
+    return Batch(tuple(slices))
 
 
 def prefill(runner: ModelRunner, lengths: list[int], rate: float) -> dict[str, Any]:
+    batch, total = prompts(runner, lengths), [sum(lengths)]
     for _ in range(2):
-        prefill_step(runner, lengths)
+        runner.step(batch, total)
     torch.cuda.synchronize()
     times = []
     for _ in range(7):
         began = time.perf_counter()
-        prefill_step(runner, lengths)
+        runner.step(batch, total)
         torch.cuda.synchronize()
         times.append(time.perf_counter() - began)
     seconds, operations = statistics.median(times), sum(products(runner, lengths).values())
@@ -323,7 +333,7 @@ def table(result: dict[str, Any]) -> None:
     for row in result.get("decode", []):
         read = ", ".join(f"{kind} {size / 1e9:.2f} GB" for kind, size in row["read_bytes"].items())
         print(
-            f"decode of {row['requests']}: {row['step_ms']:.2f} ms, with sampling {row['with_sampling_ms']:.2f} ms;",
+            f"decode of {row['requests']}: {row['step_ms']:.2f} ms, one by one {row['alone_ms']:.2f} ms;",
             end="",
         )
         print(f" floor {row['floor_ms']:.2f} ms ({read}): {row['over_floor']:.2f} times")
