@@ -1,4 +1,4 @@
-"""Paged attention on GPUs: Triton kernels over KV pools, and torch's own attention for long prompts."""
+"""Paged attention on GPUs: Triton kernels over KV pools, and for long prompts FlashAttention 4 or torch's attention."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from actors.engine.attention.base import KVShape
+from actors.engine.cuda import flash
 from actors.engine.cuda.attend_decode import MAX_SPLITS, decode
 from actors.engine.cuda.attend_joint import decode_joint
 from actors.engine.cuda.attend_prefill import prefill
@@ -19,8 +20,8 @@ from actors.engine.cuda.rotary import Heads, split_and_keep, split_and_rotate
 
 # Programs of a decode kernel that keep a GPU busy: two per multiprocessor of an H100.
 PROGRAMS = 264
-# A whole prompt of this many rows or more goes to torch's attention, padded to a multiple of DENSE_STEP because cuDNN
-# makes a plan for every shape it meets.
+# Without FlashAttention 4, a whole prompt of this many rows or more goes to torch's attention, padded to a multiple of
+# DENSE_STEP because cuDNN makes a plan for every shape it meets.
 DENSE_ROWS, DENSE_STEP = 4096, 256
 DENSE_BACKENDS = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION]
 
@@ -48,6 +49,7 @@ class TritonPagedAttention:
         self.values = [pool(shape.heads, shape.value_width) for shape in shapes]
         # Never made anew: captured graphs point at it. Only launches of fewer sequences times heads split any.
         self._arrivals = torch.zeros(PROGRAMS, dtype=torch.int32, device=device)
+        self._varlen = flash.load(dtype, device)
 
     def begin(self, step: StepInputs) -> None:
         """Attend as ``step`` says from now on; read again at each call, so a graph may be replayed after a refill."""
@@ -102,7 +104,7 @@ class TritonPagedAttention:
                 scaling, window, sinks, self._splits(1, heads.shared), self._arrivals,
             )  # fmt: skip
             return out
-        if any(self._goes_to_torch(chunk, layer, window, sinks) for chunk in inputs.chunks):
+        if any(self._dense(chunk, layer, window, sinks) for chunk in inputs.chunks):
             parts = split_and_keep(joint, cosine, sine, heads)
             return self.store_and_attend(layer, *parts, scaling, window, sinks)
         query = split_and_rotate(joint, cosine, sine, heads, keys, values, inputs.targets)
@@ -119,34 +121,27 @@ class TritonPagedAttention:
     ) -> torch.Tensor:
         """``query [T, heads, key_width]`` to ``[T, heads, value_width]``; this step's keys and values are stored.
 
-        ``new`` are those keys and values ``[T, kv_heads, .]``; without them nothing goes to torch.
+        ``new`` are those keys and values ``[T, kv_heads, .]``, by which whole prompts may go; flash.py says when
+        they are changed. Without them all goes by the pools.
         """
         inputs, keys, values = self._inputs, self.keys[layer], self.values[layer]
-        decodes, chunks = inputs.decodes, inputs.chunks
-
-        def dense(chunk: Chunk) -> bool:
-            return new is not None and self._goes_to_torch(chunk, layer, window, sinks)
-
-        def prompt(chunk: Chunk) -> torch.Tensor:
-            span = slice(chunk.first, chunk.first + chunk.count)
-            return self._causal(query[span], new[0][span], new[1][span], scaling)  # type: ignore[index]
-
-        if chunks and chunks[0].count == len(query) and dense(chunks[0]):
-            return prompt(chunks[0])
-        out = query.new_empty(len(query), query.shape[1], values.shape[3])
+        decodes = inputs.decodes
+        runs = [(False, inputs.chunks)] if new is None else self._runs(layer, window, sinks)
+        out: torch.Tensor | None = None
+        for dense, run in runs:
+            if dense and new is not None:
+                out = self._attend_prompts(layer, run, query, *new, scaling, window, sinks, out)
+        if out is None:
+            out = query.new_empty(len(query), query.shape[1], values.shape[3])
         if decodes:
             decode(
                 query[:decodes], keys, values, inputs.tables, inputs.lengths, out, scaling, window, sinks,
                 self._splits(decodes, keys.shape[1]), self._arrivals,
             )  # fmt: skip
-        for whole, run in groupby(chunks, dense):
-            members = list(run)
-            if whole:
-                for chunk in members:
-                    out[chunk.first : chunk.first + chunk.count] = prompt(chunk)
-            else:
-                sequences = range(members[0].sequence, members[-1].sequence + 1)
-                rows = sum(chunk.count for chunk in members)
+        for dense, run in runs:
+            if run and not dense:
+                sequences = range(run[0].sequence, run[-1].sequence + 1)
+                rows = sum(chunk.count for chunk in run)
                 prefill(
                     query, keys, values, inputs.tables, inputs.starts, inputs.lengths, sequences, rows, out,
                     scaling, window, sinks,
@@ -162,11 +157,57 @@ class TritonPagedAttention:
             return 1
         return max(1, min(MAX_SPLITS, PROGRAMS // (sequences * kv_heads)))
 
-    def _goes_to_torch(self, chunk: Chunk, layer: int, window: int | None, sinks: torch.Tensor | None) -> bool:
-        """Whether it is a long whole prompt for which torch has a fast attention: cuDNN's or FlashAttention's."""
-        if chunk.start or chunk.count < DENSE_ROWS or window is not None or sinks is not None:
+    def _flash(self, layer: int) -> bool:
+        return self._varlen is not None and flash.fits(self.keys[layer].shape[3], self.values[layer].shape[3])
+
+    def _dense(self, chunk: Chunk, layer: int, window: int | None, sinks: torch.Tensor | None) -> bool:
+        """Whether it is a whole prompt long enough for an attention over keys and values as they come."""
+        if chunk.start:
+            return False
+        if self._flash(layer):
+            return chunk.count >= flash.LEAST_ROWS
+        if chunk.count < DENSE_ROWS or window is not None or sinks is not None:
             return False
         return self._plain(self.keys[layer].shape[3], self.values[layer].shape[3])
+
+    def _runs(self, layer: int, window: int | None, sinks: torch.Tensor | None) -> list[tuple[bool, list[Chunk]]]:
+        """This step's chunks as launches take them, and whether they are ``_dense``. torch takes one at a time."""
+        together = self._flash(layer)
+
+        def way(chunk: Chunk) -> tuple[bool, int]:
+            dense = self._dense(chunk, layer, window, sinks)
+            return dense, chunk.sequence if dense and not together else 0
+
+        return [(dense, list(run)) for (dense, _), run in groupby(self._inputs.chunks, way)]
+
+    def _attend_prompts(
+        self,
+        layer: int,
+        prompts: list[Chunk],
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        scaling: float,
+        window: int | None,
+        sinks: torch.Tensor | None,
+        out: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Writes the rows of ``prompts`` to ``out``, or, with no copy, to what it returns in its place."""
+        span = slice(prompts[0].first, prompts[-1].first + prompts[-1].count)
+        if self._varlen is not None and self._flash(layer):
+            starts = self._inputs.starts
+            result = flash.attend(self._varlen, prompts, query, key, value, starts, scaling, window, sinks)
+            if out is None:
+                return result
+            out[span] = result[span]
+            return out
+        result = self._causal(query[span], key[span], value[span], scaling)
+        if len(result) == len(query):
+            return result
+        if out is None:
+            out = query.new_empty(len(query), query.shape[1], value.shape[2])
+        out[span] = result
+        return out
 
     def _plain(self, key_width: int, value_width: int) -> bool:
         fits = key_width == value_width and key_width % 8 == 0 and key_width <= 256
