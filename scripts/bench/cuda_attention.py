@@ -26,6 +26,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from actors.engine.attention.base import KVShape
 from actors.engine.attention.triton_paged import DENSE_ROWS, DENSE_STEP, TritonPagedAttention
 from actors.engine.batch import Batch
+from actors.engine.cuda import flash
 from actors.engine.cuda.attend_decode import decode, decode_tiles
 from actors.engine.cuda.attend_prefill import prefill, prefill_tiles
 from actors.engine.cuda.attend_tile import Tiles
@@ -267,7 +268,8 @@ def time_decodes(sweep: bool, bandwidth: float) -> list[str]:
 
 def time_prefills(sweep: bool) -> list[str]:
     lines = []
-    for count, rows, start in ((1, 8192, 0), (1, 2048, 0), (8, 1024, 0), (64, 128, 0), (1, 8192, 8192)):
+    flash_attention = flash.load(QWEN.dtype, DEVICE)
+    for count, rows, start in ((1, 8192, 0), (1, 2048, 0), (8, 1024, 0), (16, 512, 0), (64, 128, 0), (1, 8192, 8192)):
         rig = Rig(QWEN, [start + rows] * count)
         for pool in (*rig.attention.keys, *rig.attention.values):
             pool.normal_()
@@ -289,6 +291,10 @@ def time_prefills(sweep: bool) -> list[str]:
                 SCALE, None, None, tiles,
             )  # fmt: skip
         if not start:
+            if flash_attention is not None:
+                ways["FlashAttention 4"] = partial(
+                    flash.attend, flash_attention, inputs.chunks, query, key, value, inputs.starts, SCALE, None, None
+                )
             packed = varlen(query, key, value, rows)
             if packed is not None:
                 ways["varlen_attn"] = packed
