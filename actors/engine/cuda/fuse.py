@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import torch
 
 from actors.engine.attention.triton_paged import TritonPagedAttention
+from actors.engine.cuda.body import fuse_body
 from actors.engine.cuda.decoder import Norm, OfRow, fuse_decoders
 from actors.engine.cuda.elementwise import MAX_NORM_WIDTH, rms_norm, silu_and_mul
 from actors.engine.cuda.linear import Linear, join
@@ -65,6 +66,7 @@ class _Fuser:
         layers = fuse_decoders(self.trial, self.norms, self.of_row)
         counts["layers"], counts["open layers"], counts["layers by row"] = layers
         counts["joint projections"] = sum(len(group) > 1 for group in self.joined)
+        counts["body"] = int(fuse_body(self.trial))
         logger.info("fused %s", ", ".join(f"{n} {name}" for name, n in counts.items() if n) or "nothing")
 
     def _best(self, own: Any, candidates: Sequence[_T], run: Callable[[_T], Any]) -> _T | None:
