@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from actors.engine.cuda.angles import Angles, tabulate
 from actors.engine.cuda.decoder import Unsummed
 from actors.engine.cuda.trial import Trial, attempt
 
@@ -28,10 +29,10 @@ class Output(NamedTuple):
 class _Body:
     """The forward of a causal language model whose last layer gives an ``Unsummed``."""
 
-    def __init__(self, module: Any) -> None:
+    def __init__(self, module: Any, positions: int, trial: Trial) -> None:
         body = module.get_decoder()
-        self.embed, self.angles, self.layers, self.norm = body.embed_tokens, body.rotary_emb, body.layers, body.norm
-        self.head = module.lm_head
+        self.embed, self.layers, self.norm, self.head = body.embed_tokens, body.layers, body.norm, module.lm_head
+        self.angles = tabulate(body.rotary_emb, positions, trial) or body.rotary_emb
 
     def __call__(
         self, input_ids: torch.Tensor, position_ids: torch.Tensor, logits_to_keep: torch.Tensor | int = 0, **_: Any
@@ -51,26 +52,27 @@ class _Body:
         return Output(self.head(self.norm(Unsummed(x, delta))))
 
 
-def fuse_body(trial: Trial) -> bool:
-    """Let the model's forward be a ``_Body``, if that gives the same logits; whether it does. Layers are fused before.
+def fuse_body(trial: Trial, positions: int) -> tuple[bool, bool]:
+    """Let the model's forward be a ``_Body``, if that gives the same logits. Layers are fused before.
 
-    The forward is for a step then: it does not read any other arguments than ``_Body`` does.
+    The forward is for a step then: it does not read any other arguments than ``_Body`` does, and positions are below
+    ``positions``. Whether it is, and whether its angles come from a table.
     """
     module: Any = trial.model.module
-    found = attempt(lambda: _Body(module))
+    found = attempt(lambda: _Body(module, positions, trial))
     if found is None:
-        return False
-    summary, device = trial.model.summary, trial.device
+        return False, False
+    vocabulary, device = trial.model.summary.vocab_size, trial.device
     with trial.recorded():
         for rows, kept in _TRIED:
             step = {
-                "input_ids": trial.integers(summary.vocab_size, rows),
-                "position_ids": trial.integers(summary.max_positions, rows),
+                "input_ids": trial.integers(vocabulary, rows),
+                "position_ids": trial.integers(positions, rows),
                 "use_cache": False,
                 "logits_to_keep": 0 if kept is None else torch.tensor(kept, dtype=torch.int32, device=device),
             }
             own, output = (attempt(partial(forward, **step)) for forward in (module.forward, found))
             if own is None or output is None or not torch.equal(own.logits, output.logits):
-                return False
+                return False, False
     module.forward = found
-    return True
+    return True, isinstance(found.angles, Angles)

@@ -18,7 +18,7 @@ from actors.engine.cuda.fuse import fuse
 @pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v2"])
 def test_logits_are_the_same_to_the_bit(family: str, tmp_path: Path) -> None:
     model = load(tiny_models.build(family, tmp_path), "float32")
-    fuse(model)
+    fuse(model, 64)
     assert isinstance(model.module.forward, _Body)
     found = logits_of(model)
     del model.module.forward  # what remains is the class's own
@@ -63,6 +63,6 @@ def test_a_model_that_does_more_is_left_alone(change: Callable[[Any], None], tmp
     model = load(tiny_models.build("llama", tmp_path), "float32")
     change(model.module)
     expected = logits_of(model)
-    fuse(model)
+    fuse(model, 64)
     assert not isinstance(model.module.forward, _Body)
     assert float((logits_of(model) - expected).norm() / expected.norm()) < 1e-5
