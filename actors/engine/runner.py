@@ -211,7 +211,7 @@ class ModelRunner:
         from actors.engine.cuda.fuse import fuse
 
         torch.backends.cuda.matmul.allow_tf32 = False
-        fuse(self.model)
+        fuse(self.model, self.config.max_model_len)
 
 
 def ready(index: int, expert_map: ExpertMap, config: EngineConfig, report: Callable[[str], None]) -> ModelRunner:

@@ -77,7 +77,8 @@ class Sampling:
         if not slices:
             return
         edited = _edit(logits, slices)
-        tokens, best = _argmax(edited)
+        drawn = _largest_of(edited)
+        tokens, best = drawn[0], drawn[1].view(torch.float64)
         random = [row for row, piece in enumerate(slices) if piece.sampling.temperature >= MIN_TEMPERATURE]
         at_once = CPU_ROWS if logits.device.type == "cpu" else len(slices)
         for start in range(0, len(random), at_once):
@@ -86,11 +87,12 @@ class Sampling:
             tokens[rows] = _draw(
                 edited.index_select(0, rows).float(), best[rows].float(), [slices[row] for row in some]
             )
-        # A draw from NaN may point past the end, and no bad row may become an index error.
-        self.tokens = tokens.clamp_(max=logits.shape[1] - 1)
+        if random:
+            # A draw from NaN may point past the end, and no bad row may become an index error.
+            tokens.clamp_(max=logits.shape[1] - 1)
+        self.tokens = tokens
         self._logprobs = _Logprobs(logits, tokens, slices)
-        # One transfer for both; token ids are exact in float64.
-        self._drawn = _fetch(torch.stack((tokens.double(), best.double()), 1))
+        self._drawn = _fetch(drawn)
         self._there = torch.cuda.Event() if logits.is_cuda else None
         if self._there is not None:
             self._there.record()
@@ -102,10 +104,10 @@ class Sampling:
         if self._there is not None:
             self._there.synchronize()
         logprobs = self._logprobs.by_row()
-        for piece, (token, peak) in zip(self._slices, self._drawn.tolist(), strict=True):
-            row = len(results)
+        tokens, peaks = self._drawn[0].tolist(), self._drawn[1].view(torch.float64).tolist()
+        for row, (piece, token, peak) in enumerate(zip(self._slices, tokens, peaks, strict=True)):
             if math.isfinite(peak) and (row not in logprobs or math.isfinite(logprobs[row].logprob)):
-                results.append(Sampled(int(token), logprobs.get(row)))
+                results.append(Sampled(token, logprobs.get(row)))
             else:
                 results.append(_failure(piece, peak))
         return results
@@ -200,6 +202,16 @@ def _tiles(x: Tensor, fill: float) -> Tensor:
     if missing:
         x = pad(x, (0, missing), value=fill)
     return x.reshape(x.shape[0], -1, TILE)
+
+
+def _largest_of(x: Tensor) -> Tensor:
+    """``_argmax`` of each row of [R, V] as int64 [2, R]: indices, and elements as the bits of float64."""
+    if x.is_cuda:
+        from actors.engine.cuda.greedy import largest
+
+        return largest(x)
+    tokens, best = _argmax(x)
+    return torch.stack((tokens.clamp_(max=x.shape[1] - 1), best.double().view(torch.int64)))
 
 
 def _argmax(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -265,7 +265,7 @@ def whole(table: list[str]) -> None:
             own[rows] = run().clone(), kernels(run), microseconds([run] * 3)
             calls.clear()
         started = time.monotonic()
-        fuse(model)
+        fuse(model, model.summary.max_positions)
         table.append(f"\nfused {LAYERS} layers in {time.monotonic() - started:.1f} s, compilation included")
         table.append(f"{LAYERS} layers without attention and experts, us (kernels in brackets):")
         table.append(f"{'rows':>6}{'own':>16}{'fused, each by itself':>24}{'overlapped':>16}{'that a layer':>14}")

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import torch
 
 from actors.engine.attention.triton_paged import TritonPagedAttention
+from actors.engine.cuda.body import fuse_body
 from actors.engine.cuda.decoder import Norm, OfRow, fuse_decoders
 from actors.engine.cuda.elementwise import MAX_NORM_WIDTH, rms_norm, silu_and_mul
 from actors.engine.cuda.linear import Linear, join
@@ -31,18 +32,18 @@ _ROUTED_ROWS = 16
 
 
 @torch.inference_mode()
-def fuse(model: MoEModel) -> None:
+def fuse(model: MoEModel, positions: int) -> None:
     """Give the modules of ``model`` forwards of few kernels. Its dense weights stand where they stay.
 
     Linear layers of the same input share one weight from here on. Runs every module it may fuse on a few random rows;
-    attention and experts are not called, and need not exist.
+    attention and experts are not called, and need not exist. From here on positions have to be below ``positions``.
     """
-    _Fuser(model).run()
+    _Fuser(model, positions).run()
 
 
 class _Fuser:
-    def __init__(self, model: MoEModel) -> None:
-        self.model = model
+    def __init__(self, model: MoEModel, positions: int) -> None:
+        self.model, self.positions = model, positions
         self.trial = Trial(model)
         self.tolerance = TOLERANCE[model.dtype]
         self.joined = join(model.linear_groups)
@@ -65,6 +66,7 @@ class _Fuser:
         layers = fuse_decoders(self.trial, self.norms, self.of_row)
         counts["layers"], counts["open layers"], counts["layers by row"] = layers
         counts["joint projections"] = sum(len(group) > 1 for group in self.joined)
+        counts["body"], counts["table of angles"] = map(int, fuse_body(self.trial, self.positions))
         logger.info("fused %s", ", ".join(f"{n} {name}" for name, n in counts.items() if n) or "nothing")
 
     def _best(self, own: Any, candidates: Sequence[_T], run: Callable[[_T], Any]) -> _T | None:

@@ -1,7 +1,7 @@
 """What one step reads: tokens, positions, where keys and values go, what each sequence sees.
 
 All of it stands in one device buffer that never moves, so that a captured graph finds each step's values in the same
-place; one copy from pinned memory fills it.
+place; one copy from pinned memory fills what a step reads of it.
 """
 
 from __future__ import annotations
@@ -68,6 +68,7 @@ class StepInputs:
         self._count, self._ids, self._positions, self._targets, self._lengths, self._last = host[:6]
         self._follows, self._starts = host[6:8]
         self._tables = host[8].reshape(max_sequences, max_blocks)
+        self._first_table = int(borders[-2])
         self._copied: torch.cuda.Event | None = torch.cuda.Event() if device.type == "cuda" else None
         # By sequence: the list of blocks that was put into its table last, and how many of it.
         self._known: list[tuple[list[int], int]] = [([], 0)] * max_sequences
@@ -116,7 +117,9 @@ class StepInputs:
             self._last[row : self.rows] = self._starts[row : self.rows] = np.arange(row, self.rows)
         self._starts[self.sequences] = self.rows
         self.decodes = self.sequences - len(self.chunks)
-        self._device.copy_(self._host, non_blocking=True)
+        # Tables stand last. Those of sequences that are not there, nobody reads; padding is as long as 0 tokens.
+        used = self._first_table + len(slices) * self.max_blocks
+        self._device[:used].copy_(self._host[:used], non_blocking=True)
         if self._copied is not None:
             self._copied.record()
         if drawn is not None and max(following, default=-1) >= 0:

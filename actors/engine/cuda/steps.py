@@ -23,6 +23,7 @@ from actors.engine.config import EngineConfig
 from actors.engine.cuda import memory
 from actors.engine.cuda.driver import Bytes
 from actors.engine.cuda.experts import CudaExperts
+from actors.engine.cuda.greedy import largest
 from actors.engine.cuda.inputs import StepInputs
 from actors.engine.cuda.peers import CudaPeers
 from actors.engine.model import MoEModel
@@ -238,7 +239,9 @@ class CudaSteps:
             left, first = left - count, first + needed
         batch = Batch(tuple(slices))
         self.model.experts.begin([batch.num_tokens])
-        self.run(batch)
+        logits = self.run(batch)
+        for form in (logits, logits.float()):  # the latter is what penalties make of them
+            largest(form)
 
 
 def _unowned(tensor: torch.Tensor) -> torch.Tensor:

@@ -28,6 +28,10 @@ class Trial:
         """Normal, in the model's dtype."""
         return torch.randn(shape, generator=self.generator).to(self.device, self.model.dtype)
 
+    def integers(self, below: int, count: int) -> torch.Tensor:
+        """``[1, count]`` of ``0 .. below - 1``, int32 as in a step."""
+        return torch.randint(below, (1, count), generator=self.generator).to(self.device, torch.int32)
+
     def hidden(self, width: int, rows: int = len(_SCALES)) -> torch.Tensor:
         """``[1, rows, width]``, the rows of different size."""
         scales = torch.tensor(_SCALES[:rows], device=self.device, dtype=self.model.dtype)
@@ -81,7 +85,7 @@ def attempt(call: Callable[[], Any]) -> Any:
     """None when it raises: a module that wants other arguments is not one of those meant here."""
     try:
         return call()
-    except (TypeError, ValueError, RuntimeError, AttributeError):
+    except (TypeError, ValueError, RuntimeError, AttributeError, LookupError):
         return None
 
 
