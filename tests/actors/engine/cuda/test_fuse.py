@@ -321,7 +321,7 @@ def test_models_give_the_same_logits(family: str, dtype: str, tmp_path: Path, ca
     fuse.fuse(model)
     (line,) = [record.getMessage() for record in caplog.records if record.name == fuse.__name__]
     layers = model.module.config.num_hidden_layers
-    assert f"{layers} layers, {layers} open layers" in line
+    assert f"{layers} layers, {layers} open layers" in line and "1 narrowed layers" in line
     for kind, families in UNFUSED.items():
         assert (kind in line) == (family not in families), line
     if family not in UNFUSED["attentions"]:
