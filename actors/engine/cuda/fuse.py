@@ -66,7 +66,7 @@ class _Fuser:
                     counts[name] += 1
         layers, narrowed = fuse_decoders(self.trial, self.norms, self.of_row, self.of_rows)
         counts["layers"], counts["open layers"], counts["layers by row"] = layers
-        counts["narrowed layers"] = narrowed is not None
+        counts["narrowed layers"] = int(narrowed is not None)
         counts["joint projections"] = sum(len(group) > 1 for group in self.joined)
         logger.info("fused %s", ", ".join(f"{n} {name}" for name, n in counts.items() if n) or "nothing")
         return narrowed

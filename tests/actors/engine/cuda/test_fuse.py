@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import tiny_models
 import torch
@@ -32,23 +31,6 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 # Relative errors: of one rounding to the dtype, or of a few.
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
 DTYPES = list(TOLERANCE)
-
-if DEVICE.type == "cpu":
-    import triton.language as tl
-    from triton.runtime import interpreter
-
-    _convert = interpreter._convert_float
-
-    def _rounding_convert(data: np.ndarray, source: Any, target: Any, mode: Any) -> np.ndarray:
-        """As the interpreter's own, which cuts float32 to bfloat16 where hardware rounds (and is slow)."""
-        if (source, target) == (tl.float32, tl.bfloat16):
-            values = torch.from_numpy(np.array(data, np.float32))
-            return values.to(torch.bfloat16).view(torch.int16).numpy().view(np.uint16)
-        if (source, target) == (tl.bfloat16, tl.float32):
-            return np.asarray(data).view(np.uint16).astype(np.uint32) << 16
-        return _convert(data, source, target, mode)
-
-    interpreter._convert_float = _rounding_convert
 
 
 @pytest.fixture(autouse=True)
