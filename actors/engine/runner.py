@@ -193,7 +193,7 @@ class ModelRunner:
         if self.device.type == "cuda":
             from actors.engine.cuda.steps import CudaSteps
 
-            return CudaSteps(self.model, self.config, self._weights)
+            return CudaSteps(self.model, self.config, self._weights, self._narrowed)
         return EagerSteps(self.model, self.config, self._decoder)
 
     def _prepare_for_cpu(self) -> None:
@@ -211,7 +211,7 @@ class ModelRunner:
         from actors.engine.cuda.fuse import fuse
 
         torch.backends.cuda.matmul.allow_tf32 = False
-        fuse(self.model, self.config.max_model_len)
+        self._narrowed = fuse(self.model, self.config.max_model_len)
 
 
 def ready(index: int, expert_map: ExpertMap, config: EngineConfig, report: Callable[[str], None]) -> ModelRunner:

@@ -92,9 +92,19 @@ class TritonPagedAttention:
         scaling: float,
         window: int | None,
         sinks: torch.Tensor | None,
+        rows: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """``joint [T, ...]``, see ``Heads``, to ``[T, heads, width]``; its keys and values are stored."""
+        """``joint [T, ...]``, see ``Heads``, to ``[T, heads, width]``; its keys and values are stored.
+
+        With ``rows [S]``, integers, the last row of each of the step's sequences: to ``[S, heads, width]`` of these.
+        """
         inputs, keys, values = self._inputs, self.keys[layer], self.values[layer]
+        if rows is not None:
+            # A sequence's last row sees all of its tokens, as a decode does.
+            query = split_and_rotate(joint, cosine, sine, heads, keys, values, inputs.targets).index_select(0, rows)
+            out = torch.empty_like(query)
+            self._decode(layer, query, out, scaling, window, sinks)
+            return out
         # More rows would each be turned by several programs, to no measured gain; float32 takes the kernels that give a
         # row the same result whatever stands beside it.
         if len(joint) == inputs.decodes == 1 and self.dtype != torch.float32:
@@ -134,10 +144,7 @@ class TritonPagedAttention:
         if out is None:
             out = query.new_empty(len(query), query.shape[1], values.shape[3])
         if decodes:
-            decode(
-                query[:decodes], keys, values, inputs.tables, inputs.lengths, out, scaling, window, sinks,
-                self._splits(decodes, keys.shape[1]), self._arrivals,
-            )  # fmt: skip
+            self._decode(layer, query[:decodes], out, scaling, window, sinks)
         for dense, run in runs:
             if run and not dense:
                 sequences = range(run[0].sequence, run[-1].sequence + 1)
@@ -147,6 +154,22 @@ class TritonPagedAttention:
                     scaling, window, sinks,
                 )  # fmt: skip
         return out
+
+    def _decode(
+        self,
+        layer: int,
+        query: torch.Tensor,
+        out: torch.Tensor,
+        scaling: float,
+        window: int | None,
+        sinks: torch.Tensor | None,
+    ) -> None:
+        """One row each of the first sequences, ``query [S, heads, key_width]``, to ``out [S or more, ...]``."""
+        keys, values = self.keys[layer], self.values[layer]
+        decode(
+            query, keys, values, self._inputs.tables, self._inputs.lengths, out, scaling, window, sinks,
+            self._splits(len(query), keys.shape[1]), self._arrivals,
+        )  # fmt: skip
 
     def _splits(self, sequences: int, kv_heads: int) -> int:
         """Programs per sequence and KV head, from what a captured graph has fixed.

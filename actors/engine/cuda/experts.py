@@ -181,6 +181,14 @@ class CudaExperts:
         self.most_rows = max(self._tokens)
         self._next = 0
 
+    def narrow(self, rows: int) -> None:
+        """From here on ``forward`` gets ``rows`` rows in this step, fewer than announced, all of which count.
+
+        Peers need not be told: how many rows they get comes with those, layer by layer.
+        """
+        self._tokens[self.rank_index] = rows
+        self.own_rows.fill_(rows)
+
     def forward(self, layer: int, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """Routed experts of ``layer``: ``hidden [T, H]``, ``ids [T, k]``, ``weights [T, k]`` to ``[T, H]``.
 
@@ -251,15 +259,15 @@ class CudaExperts:
             self._multiply_pairs(layer, hidden, products)
             return
         # Tiles suit the rows that this step has here when they are spread evenly; any others work too.
-        pairs = max(len(hidden), sum(self._tokens) // len(self._tokens)) * self.top_k
+        rows = max(len(hidden), sum(self._tokens) // len(self._tokens))
         kernels = products.kernels
-        up, down = (kernels.shape(self.dtype, pairs / slots, product) for product in ("expand", "contract"))
+        up, down = (kernels.shape(self.dtype, rows * self.top_k / slots, product) for product in ("expand", "contract"))
         common = {
             "TOP_K": self.top_k, "SLOTS": triton.next_power_of_2(slots), "TRANSPOSED": products.transposed,
             "BIASED": products.biased, "PRECISION": "ieee" if self.dtype == torch.float32 else "tf32",
         }  # fmt: skip
         if kernels is gemm:
-            common |= launch(self.device, len(hidden), MOST_ROWS)
+            common |= launch(self.device, rows, MOST_ROWS)
         inner = self._inner
         if not products.gate:
             if hidden.is_cuda and torch.cuda.is_current_stream_capturing():

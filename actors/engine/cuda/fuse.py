@@ -16,7 +16,7 @@ import torch
 
 from actors.engine.attention.triton_paged import TritonPagedAttention
 from actors.engine.cuda.body import fuse_body
-from actors.engine.cuda.decoder import Norm, OfRow, fuse_decoders
+from actors.engine.cuda.decoder import Narrowed, Norm, OfRow, OfRows, fuse_decoders
 from actors.engine.cuda.elementwise import MAX_NORM_WIDTH, rms_norm, silu_and_mul
 from actors.engine.cuda.linear import Linear, join
 from actors.engine.cuda.one_row import Row
@@ -32,13 +32,14 @@ _ROUTED_ROWS = 16
 
 
 @torch.inference_mode()
-def fuse(model: MoEModel, positions: int) -> None:
+def fuse(model: MoEModel, positions: int) -> Narrowed | None:
     """Give the modules of ``model`` forwards of few kernels. Its dense weights stand where they stay.
 
     Linear layers of the same input share one weight from here on. Runs every module it may fuse on a few random rows;
     attention and experts are not called, and need not exist. From here on positions have to be below ``positions``.
+    Gives the model narrowed to the rows that are kept, if it can be.
     """
-    _Fuser(model, positions).run()
+    return _Fuser(model, positions).run()
 
 
 class _Fuser:
@@ -49,8 +50,9 @@ class _Fuser:
         self.joined = join(model.linear_groups)
         self.norms: dict[Any, Norm] = {}
         self.of_row: dict[Any, OfRow] = {}
+        self.of_rows: dict[Any, OfRows] = {}
 
-    def run(self) -> None:
+    def run(self) -> Narrowed | None:
         counts: Counter[str] = Counter()
         kinds = (
             ("norms", self._norm),
@@ -63,11 +65,13 @@ class _Fuser:
             for module in self.model.module.modules():
                 if attempt_to_fuse(module):
                     counts[name] += 1
-        layers = fuse_decoders(self.trial, self.norms, self.of_row)
+        layers, narrowed = fuse_decoders(self.trial, self.norms, self.of_row, self.of_rows)
         counts["layers"], counts["open layers"], counts["layers by row"] = layers
+        counts["narrowed layers"] = int(narrowed is not None)
         counts["joint projections"] = sum(len(group) > 1 for group in self.joined)
         counts["body"], counts["table of angles"] = map(int, fuse_body(self.trial, self.positions))
         logger.info("fused %s", ", ".join(f"{n} {name}" for name, n in counts.items() if n) or "nothing")
+        return narrowed
 
     def _best(self, own: Any, candidates: Sequence[_T], run: Callable[[_T], Any]) -> _T | None:
         """The candidate whose result is nearest to ``own``, of those within the tolerance."""
@@ -203,6 +207,7 @@ class _Fuser:
         if best is None:
             return False
         module.forward = best
+        self.of_rows[module] = best.of_rows
         if inner.takes_row:
             self.of_row[module] = best.of_row
         return True
@@ -254,20 +259,36 @@ class _Attention:
         joint, total = self.inner.of_row(row)
         return self._attend(joint, position_embeddings), total
 
-    def _attend(self, joint: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-        """The joint projections ``[T, ...]`` to the module's output ``[1, T, hidden]``."""
+    def of_rows(
+        self,
+        hidden_states: torch.Tensor,
+        rows: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        **_: Any,
+    ) -> torch.Tensor:
+        return self._attend(self.inner(hidden_states)[0], position_embeddings, rows)
+
+    def _attend(
+        self,
+        joint: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        rows: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """The joint projections ``[T, ...]`` to the module's output ``[1, T, hidden]``, or that at ``rows``."""
         for columns, norm in self.wide_norms:
             rms_norm(joint[:, columns], norm.weight, norm.epsilon, norm.round_before_scale, inplace=True)
         # Of some models and releases of transformers they are views of angles by frequency.
         cosine, sine = (part[0].contiguous() for part in position_embeddings)
         attention = self.model.attention
         if isinstance(attention, TritonPagedAttention):
-            output = attention.attend_joint(self.layer, joint, cosine, sine, self.heads, *self.settings)
+            scaling, window, sinks = self.settings
+            output = attention.attend_joint(self.layer, joint, cosine, sine, self.heads, scaling, window, sinks, rows)
         else:
             parts = split_and_keep(joint, cosine, sine, self.heads)
             query, key, value = (part.transpose(0, 1)[None] for part in parts)
-            output = attention.forward(self.layer, query, key, value, *self.settings)
-        return self.outer(output.reshape(1, len(joint), -1))
+            output = attention.forward(self.layer, query, key, value, *self.settings)[0]
+            output = output if rows is None else output.index_select(0, rows)
+        return self.outer(output.reshape(1, len(output), -1))
 
 
 def _in_float32(module: Any, call: Callable[[], Any]) -> Any:

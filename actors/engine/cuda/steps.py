@@ -21,6 +21,7 @@ from actors.engine.attention.triton_paged import TritonPagedAttention
 from actors.engine.batch import EMPTY, Batch, Slice
 from actors.engine.config import EngineConfig
 from actors.engine.cuda import memory
+from actors.engine.cuda.decoder import Narrowed
 from actors.engine.cuda.driver import Bytes
 from actors.engine.cuda.experts import CudaExperts
 from actors.engine.cuda.greedy import largest
@@ -53,16 +54,19 @@ def ladder(most: int) -> list[int]:
 class CudaSteps:
     """See ``Steps``. Building it runs a largest step, and takes of what is left the KV cache.
 
-    The group is this rank by itself meanwhile. ``weights`` is what ``memory.weights_of`` said of the model. Raises
-    ValueError when too little is left.
+    The group is this rank by itself meanwhile. ``weights`` is what ``memory.weights_of`` said of the model,
+    ``narrowed`` what ``fuse`` gave for it. Raises ValueError when too little is left.
     """
 
     asynchronous = True
 
-    def __init__(self, model: MoEModel, config: EngineConfig, weights: memory.Weights) -> None:
+    def __init__(
+        self, model: MoEModel, config: EngineConfig, weights: memory.Weights, narrowed: Narrowed | None = None
+    ) -> None:
         self.model = model
         self.config = config
         self.device = torch.device(config.device)
+        self._narrowed = narrowed
         self._experts: CudaExperts = model.experts
         blocks = -(-config.max_model_len // config.block_size)
         self.inputs = StepInputs(
@@ -175,7 +179,11 @@ class CudaSteps:
 
     def _forward(self) -> torch.Tensor:
         inputs = self.inputs
-        output = self.model.module(
+        module: Any = self.model.module
+        # Only in steps with prompts, which are not captured. Rows that go through host memory come as announced.
+        if self._narrowed is not None and inputs.rows > inputs.sequences and self.model.experts is self._experts:
+            module = self._narrowed
+        output = module(
             input_ids=inputs.ids[None, : inputs.rows],
             position_ids=inputs.positions[None, : inputs.rows],
             use_cache=False,

@@ -80,6 +80,9 @@ class _Weigher:
     def forward(self, layer: int, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         return hidden * weights.sum(-1, keepdim=True).to(hidden.dtype)
 
+    def narrow(self, rows: int) -> None:
+        pass
+
 
 def attempt(call: Callable[[], Any]) -> Any:
     """None when it raises: a module that wants other arguments is not one of those meant here."""

@@ -1,7 +1,7 @@
 """Triton kernels run in its interpreter where there is no GPU; it must know before anything imports Triton.
 
-Two corrections of the interpreter of Triton 3.6: it takes ``int()`` of scalars kept as arrays of one element, which
-numpy 2.4 refuses, and it multiplies matrices of bfloat16 by their bits.
+Corrections of the interpreter of Triton 3.6: it takes ``int()`` of scalars kept as arrays of one element, which numpy
+2.4 refuses; it multiplies matrices of bfloat16 by their bits; and it cuts float32 to bfloat16 where hardware rounds.
 """
 
 from __future__ import annotations
@@ -20,15 +20,24 @@ if not torch.cuda.is_available():
 
     _patch = interpreter._patch_lang_tensor
     _dot = interpreter.InterpreterBuilder.create_dot
+    _convert = interpreter._convert_float
 
     def _patch_with_index(tensor: Any, scope: Any) -> None:
         _patch(tensor, scope)
         scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
 
+    def _rounding_convert(data: np.ndarray, source: Any, target: Any, mode: Any) -> np.ndarray:
+        if (source, target) == (tl.float32, tl.bfloat16):
+            values = torch.from_numpy(np.array(data, np.float32))
+            return values.to(torch.bfloat16).view(torch.int16).numpy().view(np.uint16)
+        if (source, target) == (tl.bfloat16, tl.float32):  # as its own, which is slow
+            return np.asarray(data).view(np.uint16).astype(np.uint32) << 16
+        return _convert(data, source, target, mode)
+
     def _float32(handle: Any) -> Any:
         if handle.dtype.scalar != tl.bfloat16:
             return handle
-        data = interpreter._convert_float(handle.data, tl.bfloat16, tl.float32, None).view(np.float32)
+        data = _rounding_convert(handle.data, tl.bfloat16, tl.float32, None).view(np.float32)
         return interpreter.TensorHandle(data, tl.float32)
 
     def _dot_of_values(self: Any, a: Any, b: Any, *rest: Any) -> Any:
@@ -36,3 +45,4 @@ if not torch.cuda.is_available():
 
     interpreter._patch_lang_tensor = _patch_with_index
     interpreter.InterpreterBuilder.create_dot = _dot_of_values
+    interpreter._convert_float = _rounding_convert

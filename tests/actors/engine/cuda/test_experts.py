@@ -140,6 +140,29 @@ def test_a_step_without_rows_and_a_row_without_experts() -> None:
     assert experts.computed == 3
 
 
+def test_a_step_that_is_narrowed_between_two_layers() -> None:
+    modules = [Module("silu", 4, 32, 16, torch.float32, seed) for seed in range(3)]
+    experts = make(modules, 2, 32, 4)
+    experts.adopt(Routing(whole(4, 3), 0), SoloExchange())
+    tensors = draw(7, 32, 4, 2, torch.float32)
+    few = [tensor[[6, 1, 3]] for tensor in tensors]
+    for _ in range(2):  # the next step has all its rows again
+        experts.reset_counts()
+        experts.begin([7])
+        experts.own_rows.fill_(7)
+        found = run(experts, 0, tensors)
+        experts.narrow(3)
+        narrowed = run(experts, 1, few)
+        with pytest.raises(ValueError, match="layer 2 ran with 2 rows; layer 2 with 3 was announced"):
+            run(experts, 2, [tensor[:2] for tensor in few])
+        experts.finish()
+        assert experts.chosen.sum(1).tolist() == [14, 6, 0] and experts.computed == 20
+        assert error(found, modules[0].cpu().reference(*tensors)) < 1e-5
+        assert error(narrowed, modules[1].cpu().reference(*few)) < 1e-5
+        for module in modules:
+            module.to(DEVICE)
+
+
 def test_alone_every_row_goes_to_what_stands_here() -> None:
     """As in a warm-up before a rank has joined: two of four experts stand here, all pairs of a token in one slot."""
     module = Module("silu", 4, 32, 16, torch.float32)

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import tiny_models
 import torch
@@ -32,23 +31,6 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 # Relative errors: of one rounding to the dtype, or of a few.
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
 DTYPES = list(TOLERANCE)
-
-if DEVICE.type == "cpu":
-    import triton.language as tl
-    from triton.runtime import interpreter
-
-    _convert = interpreter._convert_float
-
-    def _rounding_convert(data: np.ndarray, source: Any, target: Any, mode: Any) -> np.ndarray:
-        """As the interpreter's own, which cuts float32 to bfloat16 where hardware rounds (and is slow)."""
-        if (source, target) == (tl.float32, tl.bfloat16):
-            values = torch.from_numpy(np.array(data, np.float32))
-            return values.to(torch.bfloat16).view(torch.int16).numpy().view(np.uint16)
-        if (source, target) == (tl.bfloat16, tl.float32):
-            return np.asarray(data).view(np.uint16).astype(np.uint32) << 16
-        return _convert(data, source, target, mode)
-
-    interpreter._convert_float = _rounding_convert
 
 
 @pytest.fixture(autouse=True)
@@ -321,7 +303,7 @@ def test_models_give_the_same_logits(family: str, dtype: str, tmp_path: Path, ca
     fuse.fuse(model, 64)
     (line,) = [record.getMessage() for record in caplog.records if record.name == fuse.__name__]
     layers = model.module.config.num_hidden_layers
-    assert f"{layers} layers, {layers} open layers" in line and "1 body" in line
+    assert f"{layers} layers, {layers} open layers" in line and "1 body" in line and "1 narrowed layers" in line
     # Those of DeepSeek-V2 are complex numbers.
     assert ("1 table of angles" in line) == (family != "deepseek_v2"), line
     for kind, families in UNFUSED.items():

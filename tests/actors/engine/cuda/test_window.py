@@ -92,8 +92,11 @@ class Model:
             torch.cuda.synchronize()
         self.experts.check(verdict)
 
-    def step(self, tokens: list[int], own: int, seeds: list[int]) -> torch.Tensor:
-        """Layers one after the other, ``[rows, HIDDEN]`` of the rank that has ``tokens[own]``."""
+    def step(self, tokens: list[int], own: int, seeds: list[int], few: int = 0) -> torch.Tensor:
+        """Layers one after the other, ``[rows, HIDDEN]`` of the rank that has ``tokens[own]``.
+
+        The last one has only the first ``few`` rows, if so many are given.
+        """
         experts, rows = self.experts, tokens[own]
         experts.begin(tokens)
         experts.own_rows.fill_(rows)
@@ -103,6 +106,9 @@ class Model:
         padded = min(rows + self.padding, MAX_ROWS)
         hidden = torch.zeros(padded, HIDDEN, device=self.device, dtype=self.dtype)
         for layer, seed in enumerate(seeds):
+            if few and layer == LAYERS - 1:
+                experts.narrow(few)
+                rows, padded, hidden = few, few, hidden[:few]
             fresh, ids, weights = draw(rows, seed + 97 * own)
             hidden[:rows] += fresh.to(self.device)
             hidden[rows:] = float("nan")
@@ -150,6 +156,33 @@ def test_a_group_computes_bit_for_bit_what_one_rank_does(size: int) -> None:
                 # The same rows by themselves: the seed tells the ranks apart, so it is shifted along.
                 alone = model.step([tokens[own]], 0, [seed + 97 * own for seed in seeds_of(step)])
                 assert torch.equal(result, alone), (step, own)
+
+
+# Tokens by rank, and how many of them the last layer has where they are fewer.
+NARROWED = [([7, 5], [2, 1]), ([8, 3], [3, 0]), ([0, 6], [0, 4]), ([1, 4], [0, 2]), ([3, 3], [0, 0])]
+
+
+def narrowed(rank: Rank, index: int) -> list[torch.Tensor]:
+    model = Model(rank.device, rank.window)
+    exchange = rank.join(0, index, 2)
+    model.adopt(Routing(MAPS[2], index), exchange)
+    exchange.sync([0])
+    results = []
+    for step, (tokens, few) in enumerate(NARROWED):
+        results.append(model.step(tokens, index, seeds_of(step), few[index]))
+        model.check()
+    return results
+
+
+def test_each_rank_may_have_fewer_rows_in_the_last_layer() -> None:
+    got = run(narrowed, 2, LAYOUT)
+    model = Model(DEVICE)
+    model.adopt(Routing(MAPS[1], 0), SoloExchange())
+    for step, (tokens, few) in enumerate(NARROWED):
+        for index, rows in enumerate(tokens):
+            if rows:
+                alone = model.step([rows], 0, [seed + 97 * index for seed in seeds_of(step)], few[index])
+                assert len(alone) == (few[index] or rows) and torch.equal(got[index][step], alone), (step, index)
 
 
 # Tokens by rank, and whether the products are pair by pair, rank by rank.
