@@ -86,7 +86,7 @@ def measure(arguments: argparse.Namespace, model: Path) -> dict[str, Any]:
         result["decode"] = [decode(runner, size, rates["copy"]) for size in sizes]
     if "profile" in only:
         for size in sizes:
-            profile(f"decode of {size}", lambda size=size: Decodes(runner, size).step())
+            profile(f"decode of {size}", lambda size=size: Decodes(runner, size).step([size]))
         batch = prompts(runner, [8192])
         profile("prefill of 8,192", lambda: runner.step(batch, [8192]))
     if "prefill" in only:
@@ -127,14 +127,14 @@ class Decodes:
             slices.append(Slice("x", [token], self._length, blocks, True, [], [], GREEDY))
         return Batch(tuple(slices))
 
-    def step(self) -> float:
+    def step(self, tokens_per_rank: list[int]) -> float:
         """Seconds from the first work on the host to the last on the device, with nothing launched ahead."""
         batch = self.batch()
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
-        self._runner.step(batch, [len(self._blocks)])
+        self._runner.step(batch, tokens_per_rank)
         end.record()
-        torch.cuda.synchronize()
+        self._runner.wait(self._runner.mark())
         return start.elapsed_time(end) / 1e3
 
     def ahead(self, tokens_per_rank: Callable[[], list[int]]) -> float:
@@ -153,11 +153,11 @@ def decode(runner: ModelRunner, count: int, bandwidth: float) -> dict[str, Any]:
     ahead = Decodes(runner, count).ahead(lambda: [count])
     decodes = Decodes(runner, count)
     for _ in range(WARM):
-        decodes.step()
+        decodes.step([count])
     experts = runner.model.experts
     distinct, before, alone = [], np.array(experts.chosen.tolist()), []
     for _ in range(STEPS):
-        alone.append(decodes.step())
+        alone.append(decodes.step([count]))
         after = np.array(experts.chosen.tolist())
         distinct.append(float((after > before).sum(axis=1).mean()))
         before = after

@@ -2,8 +2,9 @@
 
     python scripts/bench/engine_pair.py [--decode 1,8,64] [--layers 48] --json OUT
 
-Qwen3-30B-A3B's shape, random weights, bf16, context 1,024 for each of so many requests on each rank. A rank's floor is
-what it must read, as in engine.py: its experts that any rank's token chose, dense weights, its keys and values.
+Qwen3-30B-A3B's shape, random weights, bf16, context 1,024 for each of so many requests on each rank; steps in lockstep,
+sampling included, one launched while the one before it runs. A rank's floor is what it must read, as in engine.py: its
+experts that any rank's token chose, dense weights, its keys and values.
 """
 
 from __future__ import annotations
@@ -22,7 +23,6 @@ from typing import Any
 import numpy as np
 import origin
 import shapes
-import torch
 import torch.distributed as dist
 from ceilings import copy_bandwidth
 from engine import STEPS, Decodes, bytes_read
@@ -109,31 +109,25 @@ def measure(index: int, port: int, model: Path, sizes: list[int]) -> list[dict[s
 
 
 def decode(runner: ModelRunner, exchange: Exchange, count: int, bandwidth: float) -> dict[str, Any]:
+    took = Decodes(runner, count).ahead(lambda: [count] * len(exchange.sync([0])))
     decodes = Decodes(runner, count)
-    times, distinct = [], []
+    distinct = []
     before = np.array(runner.model.experts.chosen.tolist())
-    for step in range(STEPS + 3):
-        batch = decodes.batch()
+    for _ in range(STEPS):
         exchange.sync([0])
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        runner.step(batch, [count] * RANKS)
-        end.record()
-        runner.wait(runner.mark())
+        decodes.step([count] * RANKS)
         after = np.array(runner.model.experts.chosen.tolist())
         everybody = exchange.sync((after - before).flatten().tolist())
         before = after
-        if step >= 3:
-            times.append(start.elapsed_time(end))
-            chosen = np.array(everybody).sum(axis=0).reshape(after.shape) > 0
-            own = np.zeros_like(chosen)
-            for layer, held in enumerate(runner.model.experts.routing.own_slots):
-                own[layer, [expert for expert in held if expert >= 0]] = True
-            distinct.append(float((chosen & own).sum(axis=1).mean()))
+        chosen = np.array(everybody).sum(axis=0).reshape(after.shape) > 0
+        own = np.zeros_like(chosen)
+        for layer, held in enumerate(runner.model.experts.routing.own_slots):
+            own[layer, [expert for expert in held if expert >= 0]] = True
+        distinct.append(float((chosen & own).sum(axis=1).mean()))
     read = bytes_read(runner, count, statistics.mean(distinct))
-    took, floor = statistics.median(times), sum(read.values()) / bandwidth * 1e3
+    floor = sum(read.values()) / bandwidth
     return {
-        "requests": count, "step_ms": took, "floor_ms": floor, "over_floor": took / floor,
+        "requests": count, "step_ms": took * 1e3, "floor_ms": floor * 1e3, "over_floor": took / floor,
         "distinct_experts": statistics.mean(distinct), "read_bytes": read,
     }  # fmt: skip
 
