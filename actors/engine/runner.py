@@ -64,8 +64,12 @@ class ModelRunner:
             )
         blocks = blocks_of(config.model) if config.quantization == "auto" else None
         if self.device.type == "cuda":
-            from actors.engine.cuda import memory
+            from actors.engine.cuda import flash, memory
 
+            heads = self.model.module.config.get_text_config().num_attention_heads
+            flash_ready = flash.prepare(
+                self.model.dtype, self.device, {(heads, shape) for shape in self.model.kv_shapes}
+            )
             self._weights = memory.weights_of(self.model, routing.num_slots, blocks)
             memory.check(self._weights, torch.cuda.mem_get_info()[0], config.min_data_parallel_size)
         self._other: Experts | None = None
@@ -86,6 +90,8 @@ class ModelRunner:
             self.loader.load_experts(routing.own_slots)
         self.loader.close()
         logger.info("read %.1f MiB of weights from %s", self.loader.bytes_read / 2**20, config.model)
+        if self.device.type == "cuda":
+            flash_ready.join()
         with torch.inference_mode(), self._alone():
             self.steps = self._make_steps()
         self.num_kv_blocks = self.steps.num_kv_blocks

@@ -11,14 +11,17 @@ import fcntl
 import importlib.metadata
 import logging
 import os
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+from actors.engine.attention.base import KVShape
 from actors.engine.cuda.inputs import Chunk
 from actors.engine.cuda.paged import inner_contiguous, power
 
@@ -56,6 +59,30 @@ def load(dtype: torch.dtype, device: torch.device) -> Varlen | None:
         return None
     varlen: Varlen = flash_attn_varlen_func
     return varlen
+
+
+def prepare(dtype: torch.dtype, device: torch.device, heads: Collection[tuple[int, KVShape]]) -> threading.Thread:
+    """Loads it in a thread, and compiles what whole prompts need, for layers of so many query heads and these shapes.
+
+    Both take seconds, in which others have much to wait for. Layers with windows or sinks compile when they first run.
+    """
+
+    def run() -> None:
+        varlen = load(dtype, device)
+        if varlen is None:
+            return
+        with FakeTensorMode():  # with such tensors it compiles, and runs nothing
+            borders = torch.empty(2, dtype=torch.int32, device=device)
+            for queries, shape in heads:
+                if not fits(shape.key_width, shape.value_width):
+                    continue
+                sizes = (queries, shape.key_width), (shape.heads, shape.key_width), (shape.heads, shape.value_width)
+                query, key, value = (torch.empty(LEAST_ROWS, *size, dtype=dtype, device=device) for size in sizes)
+                _call(varlen, query, key, value, borders, LEAST_ROWS, 1.0, None, None)
+
+    thread = threading.Thread(target=run, name="FlashAttention 4", daemon=True)
+    thread.start()
+    return thread
 
 
 def _keep_compiled() -> None:
@@ -105,6 +132,20 @@ def attend(
     confine(key[first.first :], value[first.first :])
     borders = starts[first.sequence : last.sequence + 2]
     longest = max(prompt.count for prompt in prompts)
+    return _call(varlen, query, key, value, borders, longest, scaling, window, sinks)
+
+
+def _call(
+    varlen: Varlen,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    borders: torch.Tensor,
+    longest: int,
+    scaling: float,
+    window: int | None,
+    sinks: torch.Tensor | None,
+) -> torch.Tensor:
     out: torch.Tensor
     out, _ = varlen(
         query, key, value, cu_seqlens_q=borders, cu_seqlens_k=borders, max_seqlen_q=longest, max_seqlen_k=longest,
