@@ -54,6 +54,7 @@ class TritonPagedAttention:
     def begin(self, step: StepInputs) -> None:
         """Attend as ``step`` says from now on; read again at each call, so a graph may be replayed after a refill."""
         self._inputs = step
+        self._packed = sum(chunk.count for chunk in step.chunks if flash.suits(chunk)) >= flash.LEAST_IN_STEP
 
     def forward(
         self,
@@ -181,15 +182,17 @@ class TritonPagedAttention:
         return max(1, min(MAX_SPLITS, PROGRAMS // (sequences * kv_heads)))
 
     def _flash(self, layer: int) -> bool:
-        return self._varlen is not None and flash.fits(self.keys[layer].shape[3], self.values[layer].shape[3])
+        return (
+            self._varlen is not None
+            and self._packed
+            and flash.fits(self.keys[layer].shape[3], self.values[layer].shape[3])
+        )
 
     def _dense(self, chunk: Chunk, layer: int, window: int | None, sinks: torch.Tensor | None) -> bool:
         """Whether it is a whole prompt long enough for an attention over keys and values as they come."""
-        if chunk.start:
-            return False
         if self._flash(layer):
-            return chunk.count >= flash.LEAST_ROWS
-        if chunk.count < DENSE_ROWS or window is not None or sinks is not None:
+            return flash.suits(chunk)
+        if chunk.start or chunk.count < DENSE_ROWS or window is not None or sinks is not None:
             return False
         return self._plain(self.keys[layer].shape[3], self.values[layer].shape[3])
 

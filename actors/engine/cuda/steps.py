@@ -21,6 +21,7 @@ from actors.engine.attention.triton_paged import TritonPagedAttention
 from actors.engine.batch import EMPTY, Batch, Slice
 from actors.engine.config import EngineConfig
 from actors.engine.cuda import memory
+from actors.engine.cuda.compiling import only_compiling
 from actors.engine.cuda.decoder import Narrowed
 from actors.engine.cuda.driver import Bytes
 from actors.engine.cuda.experts import CudaExperts
@@ -201,6 +202,10 @@ class CudaSteps:
         enough = -(-config.max_num_batched_tokens // config.block_size)
         self.num_kv_blocks = max(needed, enough)
         self.model.attention = self._make_attention(self.num_kv_blocks)
+        with only_compiling():
+            self._largest_step()
+            for size in self.sizes[::2]:  # neighbours take the same kernels, mostly
+                self._rehearse(size)
         activations = self._peak(self._largest_step)
         most = self.sizes[-1] if self.sizes else 0
         decodes = self._peak(lambda: self._rehearse(most)) + len(self.sizes) * _GRAPH_BYTES if most else 0

@@ -73,6 +73,7 @@ def check_steps(
     """Prompts of ``unit`` rows and more: alone, together, and among decodes, later chunks and shorter prompts."""
     recorder = Recorder(varlen)
     monkeypatch.setattr(flash, "LEAST_ROWS", unit)
+    monkeypatch.setattr(flash, "LEAST_IN_STEP", unit)
     lengths = [unit // 2, 2 * unit, unit + 1, unit, unit - 1, 2 * unit + 3]
     # Sequence: its positions. Decode, two prompts, a later chunk and a short one, a prompt, one after a short one.
     mixed = {0: (unit // 2 - 1, unit // 2), 1: (0, 2 * unit), 2: (0, unit + 1), 3: (unit // 2, unit), 4: (0, unit - 1)}
@@ -143,6 +144,7 @@ def test_nan_shows_in_its_own_prompt_and_no_other(
     varlen: flash.Varlen, unit: int, bad: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(flash, "LEAST_ROWS", unit)
+    monkeypatch.setattr(flash, "LEAST_IN_STEP", unit)
     monkeypatch.setattr(flash, "load", lambda *_: varlen)
     width = 16 if varlen is stand_in else 64
     stand = Stand(KVShape(2, width, width), 4, [unit, unit + 1, unit], torch.bfloat16)
@@ -188,6 +190,14 @@ def test_neighbouring_whole_prompts_go_together(monkeypatch: pytest.MonkeyPatch)
     made = attention(stand_in, KVShape(2, 128, 128), monkeypatch)
     for window, sinks in ((None, None), (100, torch.zeros(2))):
         assert sequences(made._runs(0, window, sinks)) == [(True, [3, 4]), (False, [5, 6]), (True, [7, 8])]
+
+
+def test_a_step_of_few_rows_has_no_time_for_more_launches(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = attention(stand_in, KVShape(2, 128, 128), monkeypatch)
+    made.begin(SimpleNamespace(chunks=[Chunk(0, 2048, 0, 0), Chunk(2048, 2047, 0, 1)]))  # type: ignore[arg-type]
+    assert sequences(made._runs(0, None, None)) == [(False, [0, 1])]
+    made.begin(SimpleNamespace(chunks=[Chunk(0, 2048, 0, 0), Chunk(2048, 2048, 0, 1)]))  # type: ignore[arg-type]
+    assert sequences(made._runs(0, None, None)) == [(True, [0, 1])]
 
 
 def test_torch_takes_long_prompts_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
