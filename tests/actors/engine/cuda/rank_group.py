@@ -55,9 +55,12 @@ class Rank:
         self.windows = PeerWindows(window)
         self._port = port
 
-    def join(self, epoch: int, index: int, size: int, timeout_s: float = 60) -> CudaPeers:
+    def meet(self, epoch: int, index: int, size: int, timeout_s: float = 60) -> tuple[dist.Store, MeshExchange]:
         store = dist.PrefixStore(f"epoch{epoch}", dist.TCPStore("127.0.0.1", self._port, is_master=False))
-        mesh = MeshExchange(store, index, size, timeout_s, "127.0.0.1")
+        return store, MeshExchange(store, index, size, timeout_s, "127.0.0.1")
+
+    def join(self, epoch: int, index: int, size: int, timeout_s: float = 60) -> CudaPeers:
+        store, mesh = self.meet(epoch, index, size, timeout_s)
         return self.windows.connect(mesh, store, epoch, timeout_s)
 
 
