@@ -64,10 +64,12 @@ def case(family: str, dtype: str, directory: Path) -> Case:
     return Case(path, dtype, sequences, torch.cat([says(reference, tokens) for tokens in sequences]), theirs)
 
 
-def runner_of(path: Path, dtype: str, graphs: tuple[int, ...], index: int = 0, size: int = 1) -> ModelRunner:
+def runner_of(
+    path: Path, dtype: str, graphs: tuple[int, ...], index: int = 0, size: int = 1, device: str = "cuda"
+) -> ModelRunner:
     figures = summarize(path)
     config = EngineConfig(
-        model=str(path), dtype=dtype, device="cuda", block_size=BLOCK, kv_blocks=24, max_model_len=96, max_num_seqs=2,
+        model=str(path), dtype=dtype, device=device, block_size=BLOCK, kv_blocks=24, max_model_len=96, max_num_seqs=2,
         max_num_batched_tokens=64, cuda_graphs=graphs, min_data_parallel_size=size,
     )  # fmt: skip
     slots = plan(Shape(figures.num_moe_layers, figures.num_experts), range(size))
@@ -116,7 +118,7 @@ def member(given: list[tuple[Path, list[list[int]]]], rank: Rank, index: int) ->
     """Logits of every second sequence, from ``index`` on, for each checkpoint, in a group with the other rank."""
     found = []
     for epoch, (path, sequences) in enumerate(given):
-        runner = runner_of(path, "bfloat16", (1, 2), index, 2)
+        runner = runner_of(path, "bfloat16", (1, 2), index, 2, str(rank.device))
         store, mesh = rank.meet(epoch, index, 2)
         exchange = runner.exchange(mesh, store, epoch)
         assert isinstance(exchange, CudaPeers)
