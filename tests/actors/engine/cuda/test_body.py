@@ -15,7 +15,7 @@ from actors.engine.cuda.body import _Body
 from actors.engine.cuda.fuse import fuse
 
 
-@pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v2"])
+@pytest.mark.parametrize("family", ["qwen3_moe", pytest.param("deepseek_v2", marks=pytest.mark.slow)])
 def test_logits_are_the_same_to_the_bit(family: str, tmp_path: Path) -> None:
     model = load(tiny_models.build(family, tmp_path), "float32")
     fuse(model, 64)

@@ -71,7 +71,7 @@ def test_sizes_need_not_fit_the_tiles(hidden: int, inner: int) -> None:
     assert error(run(experts, 0, tensors), module.cpu().reference(*tensors)) < 1e-5
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("dtype", [pytest.param(torch.float32, marks=pytest.mark.slow), torch.float16])
 @pytest.mark.parametrize(("hidden", "inner"), [(48, 40), (34, 40), (48, 36), (33, 17)])
 @pytest.mark.parametrize("kind", KINDS)
 def test_weights_and_rows_come_by_descriptors_where_they_can(

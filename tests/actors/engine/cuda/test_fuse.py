@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Iterator
 from pathlib import Path
@@ -292,9 +293,14 @@ UNFUSED = {
 ROUTED = ("qwen3_moe", "mixtral", "olmoe", "gpt_oss")
 
 
-# Interpreted bfloat16 takes a quarter of a minute a family.
-@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("family", tiny_models.FAMILIES)
+def families_and_dtypes() -> Iterator[Any]:
+    """Interpreted, a family takes ten seconds, and a quarter of a minute in bfloat16."""
+    for family, dtype in itertools.product(tiny_models.FAMILIES, ("float32", "bfloat16")):
+        fast = dtype == "float32" and family in ("qwen3_moe", "deepseek_v3", "gpt_oss")
+        yield pytest.param(family, dtype, marks=[] if fast else [pytest.mark.slow])
+
+
+@pytest.mark.parametrize(("family", "dtype"), list(families_and_dtypes()))
 def test_models_give_the_same_logits(family: str, dtype: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     model = load(tiny_models.build(family, tmp_path), dtype)
     paged = family in ("qwen3_moe", "glm4_moe", "gpt_oss")
