@@ -122,8 +122,7 @@ def member(given: list[tuple[Path, list[list[int]]]], rank: Rank, index: int) ->
         store, mesh = rank.meet(epoch, index, 2)
         exchange = runner.exchange(mesh, store, epoch)
         assert isinstance(exchange, CudaPeers)
-        halves = plan(Shape(runner.summary.num_moe_layers, runner.summary.num_experts), range(2))
-        runner.adopt(Routing(halves, index), exchange)
+        runner.adopt(runner.model.experts.routing, exchange)
         exchange.sync([0])
         found.append(logits_of(runner, sequences[index::2], 2).cpu())
         exchange.sync([0])  # the other one is done with this rank's memory
