@@ -30,7 +30,7 @@ from actors.engine.cuda import flash
 from actors.engine.cuda.attend_decode import decode, decode_tiles
 from actors.engine.cuda.attend_prefill import prefill, prefill_tiles
 from actors.engine.cuda.attend_tile import Tiles
-from actors.engine.cuda.inputs import StepInputs
+from actors.engine.cuda.inputs import Padded, StepInputs
 from actors.engine.cuda.rotary import Heads
 from actors.engine.steps import rehearsal
 
@@ -87,7 +87,7 @@ class Rig:
         self.attention = TritonPagedAttention([shape] * layers, sum(needed), case.block_size, case.dtype, DEVICE)
         self.inputs = StepInputs(rows or sum(lengths) + 16, len(lengths) + 16, max(needed), case.block_size, DEVICE)
 
-    def begin(self, spans: Sequence[tuple[int, int, int]], padded: int | None = None) -> None:
+    def begin(self, spans: Sequence[tuple[int, int, int]], padded: Padded | None = None) -> None:
         """A step in which sequence ``i`` computes positions ``a .. b - 1``, for each ``(i, a, b)``."""
         parts = tuple(rehearsal([0] * (b - a), a, self.blocks[i]) for i, a, b in spans)
         self.inputs.fill(Batch(parts), padded)
@@ -287,8 +287,8 @@ def time_prefills(sweep: bool) -> list[str]:
             )
         for tiles in [own, *(PREFILL_SWEEP if sweep and rows >= 1024 else [])]:
             ways[f"Triton {tuple(tiles)}"] = partial(
-                prefill, query, *pools, inputs.tables, inputs.starts, inputs.lengths, range(count), count * rows, out,
-                SCALE, None, None, tiles,
+                prefill, query, *pools, inputs.tables, inputs.starts, inputs.lengths, inputs.chunk_span,
+                range(count), count * rows, out, SCALE, None, None, tiles,
             )  # fmt: skip
         if not start:
             if flash_attention is not None:

@@ -24,7 +24,7 @@ from actors.engine.attention.base import KVShape
 from actors.engine.attention.triton_paged import TritonPagedAttention
 from actors.engine.batch import Batch
 from actors.engine.cuda import experts as cuda_experts
-from actors.engine.cuda.inputs import StepInputs
+from actors.engine.cuda.inputs import Padded, StepInputs
 from actors.engine.cuda.one_row import Row, multiply_row
 from actors.engine.cuda.rotary import Heads
 from actors.engine.cuda.router import Choice, Router
@@ -73,7 +73,7 @@ class Layers:
             pool.normal_()
         self.inputs = StepInputs(64, 64, CONTEXT // BLOCK + 1, BLOCK, DEVICE)
         blocks = torch.randperm(256)[: CONTEXT // BLOCK].tolist()
-        self.inputs.fill(Batch((rehearsal([0], CONTEXT - 1, blocks),)), 1)
+        self.inputs.fill(Batch((rehearsal([0], CONTEXT - 1, blocks),)), Padded(1, 1))
         self.attention.begin(self.inputs)
         angle = (torch.rand(1, WIDTH // 2, device=DEVICE) * 6).repeat(1, 2)
         self.cosine, self.sine = angle.cos().to(DTYPE), angle.sin().to(DTYPE)

@@ -1,15 +1,17 @@
 """Times the engine on a GPU in this process, without HTTP: decode steps, prefill, an offline batch; prints a table.
 
-    python scripts/bench/engine.py --json OUT [--model DIR] [--only decode,prefill,batch,profile] [--no-graphs]
+    python scripts/bench/engine.py --json OUT [--model DIR] [--only decode,prefill,prompts,batch,profile] [--no-graphs]
 
 Without ``--model`` the shape is Qwen3-30B-A3B's, with random weights. A decode step's floor is what it must read (dense
 weights, the experts that its tokens chose, keys and values) over the copy bandwidth measured in the same run; a
-prefill's is its products and attention over the bf16 matrix rate measured in the same run.
+prefill's is its products and attention over the bf16 matrix rate measured in the same run. Steps with shorter prompts
+are timed captured and operator by operator, in turn.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import logging
 import random
@@ -43,6 +45,8 @@ from actors.wire import SamplingParams
 CONTEXT = 1024
 # Steps measured, and those before them.
 STEPS, WARM = 24, 3
+# Decodes beside a prompt, and its length.
+MIXED = ((0, 20), (0, 128), (0, 512), (0, 1024), (0, 2048), (64, 128), (64, 512), (200, 512), (200, 1024))
 GREEDY = SamplingParams(max_tokens=1, temperature=0.0)
 
 
@@ -50,7 +54,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--model", type=Path, help="a checkpoint; default: Qwen3-30B-A3B's shape, random weights")
-    parser.add_argument("--only", default="decode,prefill,batch", help="which parts, and whether to profile")
+    parser.add_argument("--only", default="decode,prefill,prompts,batch", help="which parts, and whether to profile")
     parser.add_argument("--decode", default="1,8,64,128", help="numbers of running requests")
     parser.add_argument("--requests", type=int, default=512, help="requests of the offline batch")
     parser.add_argument("--layers", type=int, default=48, help="decoder layers of the default shape")
@@ -91,6 +95,8 @@ def measure(arguments: argparse.Namespace, model: Path) -> dict[str, Any]:
         profile("prefill of 8,192", lambda: runner.step(batch, [8192]))
     if "prefill" in only:
         result["prefill"] = [prefill(runner, lengths, rates["matrix"]) for lengths in ([8192], [1024] * 8)]
+    if "prompts" in only:
+        result["prompts"] = [prompt(runner, count, length) for count, length in MIXED]
     if "batch" in only:
         result["batch"] = offline(runner, arguments.requests, 512, 256)
     table(result)
@@ -250,6 +256,37 @@ def products(runner: ModelRunner, lengths: list[int]) -> dict[str, float]:
     }
 
 
+def prompt(runner: ModelRunner, decodes: int, length: int) -> dict[str, Any]:
+    """One prompt beside running requests: milliseconds of steps one after the other, and launched ahead."""
+    running, new = Decodes(runner, decodes), prompts(runner, [length]).slices[0]
+    first = runner.num_kv_blocks // 2
+    new = dataclasses.replace(new, blocks=[first + block for block in new.blocks])
+    steps, captured = runner.steps, runner.steps.prompt_sizes
+    times: dict[str, list[float]] = {name: [] for name in ("captured", "eager", "captured ahead", "eager ahead")}
+    for name in ("captured", "eager") * 4:
+        steps.prompt_sizes = captured if name == "captured" else []
+        pipeline, landed = Pipeline(runner), []
+        for _ in range(WARM):
+            batch = Batch((*running.batch().slices, new))
+            torch.cuda.synchronize()
+            began = time.perf_counter()
+            pipeline.launch(batch, [batch.num_tokens])
+            pipeline.land()
+            times[name].append(time.perf_counter() - began)
+        for _ in range(WARM + 3):
+            batch = Batch((*running.batch().slices, new))
+            pipeline.launch(batch, [batch.num_tokens])
+            if len(pipeline) > 1:
+                pipeline.land()
+                landed.append(time.perf_counter())
+        pipeline.land()
+        times[f"{name} ahead"] += np.diff(landed[1:]).tolist()
+    steps.prompt_sizes = captured
+    return {"decodes": decodes, "prompt": length} | {
+        name: statistics.median(spent) * 1e3 for name, spent in times.items()
+    }
+
+
 # --- an offline batch ------------------------------------------------------------------------------------------------
 
 
@@ -340,6 +377,11 @@ def table(result: dict[str, Any]) -> None:
     for row in result.get("prefill", []):
         print(f"prefill of {len(row['lengths'])} x {row['lengths'][0]}: {row['ms']:.1f} ms,", end="")
         print(f" {row['operations'] / 1e12:.1f} TFLOP, {row['of_matrix_rate']:.0%} of the matrix rate")
+    for row in result.get("prompts", []):
+        print(
+            f"a prompt of {row['prompt']} beside {row['decodes']} decodes: {row['captured']:.1f} ms captured,", end=""
+        )
+        print(f" {row['eager']:.1f} ms not; launched ahead {row['captured ahead']:.1f} and {row['eager ahead']:.1f} ms")
     if batch := result.get("batch"):
         print(f"offline: {batch['requests']} requests of {batch['prompt']} in, {batch['generated']} out:", end="")
         print(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import groupby
+from typing import NamedTuple
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -26,12 +27,21 @@ DENSE_ROWS, DENSE_STEP = 4096, 256
 DENSE_BACKENDS = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION]
 
 
+class _Run(NamedTuple):
+    """Neighbouring sequences that one launch takes, with at most so many rows; ``chunks`` where the host knows them."""
+
+    dense: bool
+    chunks: list[Chunk]
+    sequences: range
+    rows: int
+
+
 class TritonPagedAttention:
     """See ``PagedAttention``, except that ``begin`` takes ``StepInputs``. float32, bfloat16 or float16.
 
     ``keys[layer]`` and ``values[layer]`` are pools ``[num_blocks, kv_heads, block_size, width]``: slot ``s`` of
-    ``targets`` stands at ``[s // block_size, :, s % block_size]``. All but ``begin`` may be captured when the step has
-    decodes only.
+    ``targets`` stands at ``[s // block_size, :, s % block_size]``. All but ``begin`` may be captured in a step that is
+    padded.
     """
 
     def __init__(
@@ -54,7 +64,7 @@ class TritonPagedAttention:
     def begin(self, step: StepInputs) -> None:
         """Attend as ``step`` says from now on; read again at each call, so a graph may be replayed after a refill."""
         self._inputs = step
-        self._packed = sum(chunk.count for chunk in step.chunks if flash.suits(chunk)) >= flash.LEAST_IN_STEP
+        self._packed = sum(chunk.count for chunk in step.chunks or () if flash.suits(chunk)) >= flash.LEAST_IN_STEP
 
     def forward(
         self,
@@ -104,7 +114,7 @@ class TritonPagedAttention:
             # A sequence's last row sees all of its tokens, as a decode does.
             query = split_and_rotate(joint, cosine, sine, heads, keys, values, inputs.targets).index_select(0, rows)
             out = torch.empty_like(query)
-            self._decode(layer, query, out, scaling, window, sinks)
+            self._decode(layer, query, inputs.lengths, out, scaling, window, sinks)
             return out
         # More rows would each be turned by several programs, to no measured gain; float32 takes the kernels that give a
         # row the same result whatever stands beside it.
@@ -115,7 +125,7 @@ class TritonPagedAttention:
                 scaling, window, sinks, self._splits(1, heads.shared), self._arrivals,
             )  # fmt: skip
             return out
-        if any(self._dense(chunk, layer, window, sinks) for chunk in inputs.chunks):
+        if any(self._dense(chunk, layer, window, sinks) for chunk in inputs.chunks or ()):
             parts = split_and_keep(joint, cosine, sine, heads)
             return self.store_and_attend(layer, *parts, scaling, window, sinks)
         query = split_and_rotate(joint, cosine, sine, heads, keys, values, inputs.targets)
@@ -137,22 +147,20 @@ class TritonPagedAttention:
         """
         inputs, keys, values = self._inputs, self.keys[layer], self.values[layer]
         decodes = inputs.decodes
-        runs = [(False, inputs.chunks)] if new is None else self._runs(layer, window, sinks)
+        runs = self._runs(layer, window, sinks, new is not None)
         out: torch.Tensor | None = None
-        for dense, run in runs:
-            if dense and new is not None:
-                out = self._attend_prompts(layer, run, query, *new, scaling, window, sinks, out)
+        for run in runs:
+            if run.dense and new is not None:
+                out = self._attend_prompts(layer, run.chunks, query, *new, scaling, window, sinks, out)
         if out is None:
             out = query.new_empty(len(query), query.shape[1], values.shape[3])
         if decodes:
-            self._decode(layer, query[:decodes], out, scaling, window, sinks)
-        for dense, run in runs:
-            if run and not dense:
-                sequences = range(run[0].sequence, run[-1].sequence + 1)
-                rows = sum(chunk.count for chunk in run)
+            self._decode(layer, query[:decodes], inputs.decode_lengths, out, scaling, window, sinks)
+        for run in runs:
+            if not run.dense:
                 prefill(
-                    query, keys, values, inputs.tables, inputs.starts, inputs.lengths, sequences, rows, out,
-                    scaling, window, sinks,
+                    query, keys, values, inputs.tables, inputs.starts, inputs.lengths, inputs.chunk_span,
+                    run.sequences, run.rows, out, scaling, window, sinks,
                 )  # fmt: skip
         return out
 
@@ -160,6 +168,7 @@ class TritonPagedAttention:
         self,
         layer: int,
         query: torch.Tensor,
+        lengths: torch.Tensor,
         out: torch.Tensor,
         scaling: float,
         window: int | None,
@@ -168,7 +177,7 @@ class TritonPagedAttention:
         """One row each of the first sequences, ``query [S, heads, key_width]``, to ``out [S or more, ...]``."""
         keys, values = self.keys[layer], self.values[layer]
         decode(
-            query, keys, values, self._inputs.tables, self._inputs.lengths, out, scaling, window, sinks,
+            query, keys, values, self._inputs.tables, lengths, out, scaling, window, sinks,
             self._splits(len(query), keys.shape[1]), self._arrivals,
         )  # fmt: skip
 
@@ -196,15 +205,22 @@ class TritonPagedAttention:
             return False
         return self._plain(self.keys[layer].shape[3], self.values[layer].shape[3])
 
-    def _runs(self, layer: int, window: int | None, sinks: torch.Tensor | None) -> list[tuple[bool, list[Chunk]]]:
-        """This step's chunks as launches take them, and whether they are ``_dense``. torch takes one at a time."""
-        together = self._flash(layer)
+    def _runs(self, layer: int, window: int | None, sinks: torch.Tensor | None, new: bool) -> list[_Run]:
+        """This step's chunks as launches take them, ``_dense`` ones only with ``new``. torch takes one at a time."""
+        inputs, together = self._inputs, self._flash(layer)
+        if inputs.chunks is None:
+            return [_Run(False, [], range(inputs.sequences), inputs.rows)]
 
         def way(chunk: Chunk) -> tuple[bool, int]:
-            dense = self._dense(chunk, layer, window, sinks)
+            dense = new and self._dense(chunk, layer, window, sinks)
             return dense, chunk.sequence if dense and not together else 0
 
-        return [(dense, list(run)) for (dense, _), run in groupby(self._inputs.chunks, way)]
+        runs = []
+        for (dense, _), group in groupby(inputs.chunks, way):
+            run = list(group)
+            sequences = range(run[0].sequence, run[-1].sequence + 1)
+            runs.append(_Run(dense, run, sequences, sum(chunk.count for chunk in run)))
+        return runs
 
     def _attend_prompts(
         self,

@@ -22,6 +22,7 @@ def _prefill(  # type: ignore[no-untyped-def]
     tables,
     starts,
     lengths,
+    span,
     sinks,
     out,
     scale,
@@ -45,6 +46,12 @@ def _prefill(  # type: ignore[no-untyped-def]
 ):
     head = tl.program_id(0) % KV_HEADS
     tile = tl.program_id(0) // KV_HEADS
+    # In a captured step only the device knows which they are.
+    end = tl.minimum(first_sequence + count, tl.load(span + 1))
+    first_sequence = tl.maximum(first_sequence, tl.load(span))
+    count = end - first_sequence
+    if count <= 0:
+        return
     # Tiles are dealt out by packed rows: sequence i of these has those from (rows before it) // M + i on, which leaves
     # it as many as it needs or one more.
     origin = tl.load(starts + first_sequence)
@@ -113,6 +120,7 @@ def prefill(
     tables: torch.Tensor,
     starts: torch.Tensor,
     lengths: torch.Tensor,
+    span: torch.Tensor,
     sequences: range,
     rows: int,
     out: torch.Tensor,
@@ -121,10 +129,10 @@ def prefill(
     sinks: torch.Tensor | None,
     tiles: Tiles | None = None,
 ) -> None:
-    """``query [T, heads, key_width]`` to ``out [T, heads, value_width]``: rows of ``sequences``, ``rows`` in all.
+    """``query [T, heads, key_width]`` to ``out [T, heads, value_width]``: rows of those ``sequences`` in ``span``.
 
-    ``tables``, ``starts`` and ``lengths`` as in ``StepInputs``; ``out`` is contiguous. Rows see their own sequence
-    up to themselves; its keys and values stand in the pools already.
+    ``tables``, ``starts``, ``lengths`` and ``span`` (``chunk_span``) as in ``StepInputs``; ``out`` is contiguous. There
+    are at most ``rows`` of them. They see their own sequence up to themselves; its keys and values stand in the pools.
     """
     query = inner_contiguous(query)
     _, heads, key_width = query.shape
@@ -135,7 +143,7 @@ def prefill(
     padded = power(key_width), power(value_width)
     tiles = tiles or prefill_tiles(query.dtype, max(padded))
     _prefill[((rows * group // tiles.rows + len(sequences)) * kv_heads,)](
-        query, keys, values, tables, starts, lengths, sinks, out, scaling * LOG2E, window,
+        query, keys, values, tables, starts, lengths, span, sinks, out, scaling * LOG2E, window,
         sequences.start, len(sequences), query.stride(0), query.stride(1), tables.stride(0),
         KV_HEADS=kv_heads, GROUP=group, KEY_WIDTH=key_width, VALUE_WIDTH=value_width, PAGE=page,
         M=tiles.rows, N=tiles.tokens, KD=padded[0], VD=padded[1], STAGES=tiles.stages,

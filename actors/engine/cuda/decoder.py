@@ -57,16 +57,18 @@ class Unsummed:
 class Narrowed:
     """Takes what ``model.module`` takes and gives the same logits, but its last layer gives no other rows than those.
 
-    ``logits_to_keep [S]``, integers on the device: the last row of each sequence of this step, in their order. Keys and
-    values are of all rows. Only for ``experts`` that can be narrowed.
+    ``logits_to_keep [S]``, integers on the device: the last row of each sequence of this step, in their order, of which
+    the first ``count`` (int32 ``[1]``, on the device) are not padding. Keys and values are of all rows. Only for
+    ``experts`` that can be narrowed.
     """
 
     def __init__(self, model: MoEModel) -> None:
         self.model = model
         self.rows: torch.Tensor | None = None
+        self.count: torch.Tensor | None = None
 
-    def __call__(self, *, logits_to_keep: torch.Tensor, **arguments: Any) -> Any:
-        self.rows = logits_to_keep
+    def __call__(self, *, logits_to_keep: torch.Tensor, count: torch.Tensor, **arguments: Any) -> Any:
+        self.rows, self.count = logits_to_keep, count
         try:
             return self.model.module(**arguments, logits_to_keep=0)  # 0: all that are left
         finally:
@@ -97,7 +99,7 @@ class _Layer:
             x, delta = _apply(self.attention, self.attention_of_row, self.first, x, delta, arguments)
         else:
             # What this writes is complete before the rows are selected, and so before any kernel behind that begins.
-            self.narrowed.model.experts.narrow(len(self.narrowed.rows))
+            self.narrowed.model.experts.narrow(len(self.narrowed.rows), self.narrowed.count)
             x, delta = self._attend(x, delta, self.narrowed.rows, arguments)
         x, delta = _apply(self.mlp, self.mlp_of_row, self.second, x, delta, {})
         return Unsummed(x, delta) if self.open_end else x + delta
@@ -208,14 +210,14 @@ def _narrow(end: _Layer, trial: Trial) -> Narrowed | None:
     ids = torch.arange(3, device=trial.device)[None]
     keep = torch.tensor([0, 2], dtype=torch.int32, device=trial.device)
 
-    def run(model: Any) -> Any:
+    def run(model: Any, **more: Any) -> Any:
         arguments = {"input_ids": ids, "position_ids": ids, "use_cache": False, "logits_to_keep": keep}
-        return attempt(lambda: model(**arguments).logits)
+        return attempt(lambda: model(**arguments, **more).logits)
 
     with trial.recorded():
         own = run(trial.model.module)
         end.narrowed = Narrowed(trial.model)
-        found = run(end.narrowed)
+        found = run(end.narrowed, count=torch.full_like(keep[:1], len(keep)))
     if own is None or found is None or error(own, found) > TOLERANCE[trial.model.dtype]:
         end.narrowed = None
     return end.narrowed

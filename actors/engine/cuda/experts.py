@@ -45,9 +45,9 @@ class CudaExperts:
     captured with a single row may compute pair by pair (``pairwise``), which is slow where peers have more.
 
     ``layers`` are this rank's slots by MoE layer; ``max_rows`` the most rows of one rank in one step; ``max_ranks`` the
-    size to which the group may grow, ``most_rows`` the most that a rank has in this step. ``chosen [layers, experts]``
-    (int64, on the device) counts how often this rank's tokens chose each expert, ``computed`` the pairs that this rank
-    computed; reading either waits for the device.
+    size to which the group may grow; ``most_rows`` the most that a rank has in this step, ``mean_rows`` how many they
+    have on average. ``chosen [layers, experts]`` (int64, on the device) counts how often this rank's tokens chose each
+    expert, ``computed`` the pairs that this rank computed; reading either waits for the device.
     """
 
     def __init__(
@@ -99,7 +99,7 @@ class CudaExperts:
         width = max((products.activated for products in self._products if products.gate), default=0)
         self._inner = torch.empty(max_rows * max_ranks * top_k * width, dtype=dtype, device=device)
         self._next = count
-        self.most_rows = 0
+        self.most_rows = self.mean_rows = 0
         self.exchange: Exchange = SoloExchange()
 
     @property
@@ -178,16 +178,17 @@ class CudaExperts:
                 f"a rank has {max(tokens_per_rank)} tokens in a step; windows were made for {self.max_rows}"
             )
         self._tokens = list(tokens_per_rank)
-        self.most_rows = max(self._tokens)
+        self.most_rows, self.mean_rows = max(self._tokens), sum(self._tokens) // len(self._tokens)
         self._next = 0
 
-    def narrow(self, rows: int) -> None:
-        """From here on ``forward`` gets ``rows`` rows in this step, fewer than announced, all of which count.
+    def narrow(self, rows: int, count: torch.Tensor) -> None:
+        """From here on ``forward`` gets ``rows`` rows in this step, no more than before, of which ``count`` count.
 
-        Peers need not be told: how many rows they get comes with those, layer by layer.
+        That is int32 ``[1]``, on the device. Peers need not be told: how many rows they get comes with those, layer by
+        layer.
         """
-        self._tokens[self.rank_index] = rows
-        self.own_rows.fill_(rows)
+        self._tokens[self.rank_index] = min(rows, self._tokens[self.rank_index])
+        self.own_rows.copy_(count)
 
     def forward(self, layer: int, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """Routed experts of ``layer``: ``hidden [T, H]``, ``ids [T, k]``, ``weights [T, k]`` to ``[T, H]``.

@@ -35,16 +35,27 @@ class Chunk(NamedTuple):
     sequence: int
 
 
+class Padded(NamedTuple):
+    """Sizes that a captured step has: of decodes, as many rows as sequences; of any others, more rows."""
+
+    rows: int
+    sequences: int
+
+
 class StepInputs:
     """Room for a step of ``max_rows`` tokens in ``max_sequences`` sequences of ``max_blocks`` KV blocks each.
 
     Device tensors, int32, of which the first ``rows`` or ``sequences`` count: ``ids``, ``positions``, ``targets`` (flat
     KV slot of a row, -1 where nothing is stored) are ``[max_rows]``; ``lengths`` (tokens a sequence sees, this step's
     included; 0 for padding), ``last`` (the row that samples, or any row) and ``tables [max_sequences, max_blocks]``
-    are by sequence; ``starts [max_sequences + 1]`` is each sequence's first row; ``count [1]`` the rows that count;
-    ``follows [max_sequences]`` is, by row, the number of the token among those drawn last that belongs there, or -1.
-    Sequences of one row come first: there are ``decodes`` of them, padding included; ``chunks`` are those that follow
-    (a prompt's last token behind another chunk is a chunk of one row).
+    are by sequence; ``starts [max_sequences + 1]`` is each sequence's first row; ``count [1]`` the rows that count and
+    ``sequence_count [1]`` the sequences; ``follows [max_sequences]`` is, by row, the number of the token among those
+    drawn last that belongs there, or -1. Sequences of one row come first, the decodes: ``decode_lengths`` are their
+    lengths, and 0 for others. ``chunks`` are those that follow (a prompt's last token behind another chunk is a chunk
+    of one row), in ``chunk_span [2]`` from the first of these numbers to before the second.
+
+    ``decodes`` is how many decodes there may be. In a step padded to more rows than sequences that is all of them, and
+    ``chunks`` is None: a graph of it takes any, and what is what only the device knows.
     """
 
     def __init__(
@@ -52,7 +63,7 @@ class StepInputs:
     ) -> None:
         self.block_size = block_size
         self.max_rows, self.max_sequences, self.max_blocks = max_rows, max_sequences, max_blocks
-        sizes = [1] + [max_rows] * 3 + [max_sequences] * 3 + [max_sequences + 1, max_sequences * max_blocks]
+        sizes = [3] + [max_rows] * 3 + [max_sequences] * 4 + [max_sequences + 1, max_sequences * max_blocks]
         borders = np.cumsum([0, *(-(-size // 4) * 4 for size in sizes)])  # 16-byte borders, for wide loads
         self._host = torch.zeros(int(borders[-1]), dtype=torch.int32, pin_memory=device.type == "cuda")
         self._device = torch.zeros_like(self._host, device=device)
@@ -60,23 +71,23 @@ class StepInputs:
         def views(of: torch.Tensor) -> list[torch.Tensor]:
             return [of[start : start + size] for start, size in zip(borders, sizes, strict=False)]
 
-        self.count, self.ids, self.positions, self.targets, self.lengths, self.last, self.follows, self.starts, flat = (
-            views(self._device)
-        )
+        counts, self.ids, self.positions, self.targets, *by_sequence, self.starts, flat = views(self._device)
+        self.lengths, self.decode_lengths, self.last, self.follows = by_sequence
+        self.count, self.chunk_span, self.sequence_count = counts[:1], counts[1:3], counts[2:3]
         self.tables = flat.view(max_sequences, max_blocks)
         host = [view.numpy() for view in views(self._host)]
-        self._count, self._ids, self._positions, self._targets, self._lengths, self._last = host[:6]
-        self._follows, self._starts = host[6:8]
-        self._tables = host[8].reshape(max_sequences, max_blocks)
+        self._counts, self._ids, self._positions, self._targets, self._lengths, self._decode_lengths = host[:6]
+        self._last, self._follows, self._starts = host[6:9]
+        self._tables = host[9].reshape(max_sequences, max_blocks)
         self._first_table = int(borders[-2])
         self._copied: torch.cuda.Event | None = torch.cuda.Event() if device.type == "cuda" else None
         # By sequence: the list of blocks that was put into its table last, and how many of it.
         self._known: list[tuple[list[int], int]] = [([], 0)] * max_sequences
         self.rows = self.sequences = self.decodes = 0
-        self.chunks: list[Chunk] = []
+        self.chunks: list[Chunk] | None = []
 
-    def fill(self, batch: Batch, padded: int | None = None, drawn: torch.Tensor | None = None) -> None:
-        """Describe ``batch``, one of decodes padded to ``padded`` rows if that is given.
+    def fill(self, batch: Batch, padded: Padded | None = None, drawn: torch.Tensor | None = None) -> None:
+        """Describe ``batch``, ``padded`` if that is given: with as many sequences as rows, it is of decodes.
 
         ``drawn``, int64, on the device: the tokens that slices follow. Returns once the host's side may be written
         again; the copy to the device is in the stream's order.
@@ -95,28 +106,24 @@ class StepInputs:
         self._targets[:decodes] = self._slots(np.arange(decodes), starts)
         self._lengths[:decodes] = starts + 1
         self._last[:decodes] = self._starts[:decodes] = np.arange(decodes)
-        row, self.chunks = decodes, []
+        row, chunks = decodes, []
         for sequence, part in enumerate(slices[decodes:], decodes):
             count, start = len(part.tokens), part.start
             span, positions = slice(row, row + count), np.arange(start, start + count, dtype=np.int32)
-            self.chunks.append(Chunk(row, count, start, sequence))
+            chunks.append(Chunk(row, count, start, sequence))
             self._ids[span], self._positions[span] = part.tokens, positions
             self._targets[span] = self._slots(sequence, positions)
             self._lengths[sequence] = start + count
             self._starts[sequence], self._last[sequence] = row, row + count - 1
             row += count
-        self.rows, self.sequences = row, len(slices)
-        self._count[0] = row
+        sequences = len(slices)
+        self._decode_lengths[:decodes] = starts + 1
+        self._counts[:] = row, decodes, sequences
+        self.rows, self.sequences, self.decodes, self.chunks = row, sequences, decodes, chunks
         if padded is not None:
-            if self.chunks:
-                raise ValueError("only a batch of decodes can be padded")
-            self.rows = self.sequences = padded
-            self._ids[row : self.rows] = self._positions[row : self.rows] = 0
-            self._targets[row : self.rows] = -1
-            self._lengths[row : self.rows] = 0
-            self._last[row : self.rows] = self._starts[row : self.rows] = np.arange(row, self.rows)
-        self._starts[self.sequences] = self.rows
-        self.decodes = self.sequences - len(self.chunks)
+            self._pad(padded)
+        self._decode_lengths[decodes : self.sequences] = 0
+        self._starts[sequences : self.sequences + 1] = row
         # Tables stand last. Those of sequences that are not there, nobody reads; padding is as long as 0 tokens.
         used = self._first_table + len(slices) * self.max_blocks
         self._device[:used].copy_(self._host[:used], non_blocking=True)
@@ -124,6 +131,18 @@ class StepInputs:
             self._copied.record()
         if drawn is not None and max(following, default=-1) >= 0:
             _follow[(triton.cdiv(decodes, _FOLLOWERS),)](self.ids, self.follows, drawn, decodes, BLOCK=_FOLLOWERS)
+
+    def _pad(self, padded: Padded) -> None:
+        rows, sequences = slice(self.rows, padded.rows), slice(self.sequences, padded.sequences)
+        if padded.rows > padded.sequences:
+            self.chunks = None
+        elif self.chunks:
+            raise ValueError(f"a step with prompts was to be padded as one of {padded.rows} decodes")
+        self._ids[rows] = self._positions[rows] = 0
+        self._targets[rows] = -1
+        self._lengths[sequences] = self._last[sequences] = 0
+        self.rows, self.sequences = padded
+        self.decodes = padded.sequences
 
     def _table(self, sequence: int, part: Slice) -> None:
         """Put the blocks of ``part`` into its row. A running request's list only grows, so the old ones stand there."""

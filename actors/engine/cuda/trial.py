@@ -80,7 +80,7 @@ class _Weigher:
     def forward(self, layer: int, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         return hidden * weights.sum(-1, keepdim=True).to(hidden.dtype)
 
-    def narrow(self, rows: int) -> None:
+    def narrow(self, rows: int, count: torch.Tensor) -> None:
         pass
 
 

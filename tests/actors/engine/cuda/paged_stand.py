@@ -11,7 +11,7 @@ import torch
 from actors.engine.attention.base import KVShape
 from actors.engine.attention.triton_paged import TritonPagedAttention
 from actors.engine.batch import Batch, Slice
-from actors.engine.cuda.inputs import StepInputs
+from actors.engine.cuda.inputs import Padded, StepInputs
 from actors.wire import SamplingParams
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -63,9 +63,9 @@ class Stand:
         query: torch.Tensor,
         window: int | None = None,
         sinks: torch.Tensor | None = None,
-        padded: int | None = None,
+        padded: Padded | None = None,
     ) -> torch.Tensor:
-        """Sequence ``i`` computes positions ``spans[i]``; ``[T, heads, value_width]``, padding rows included."""
+        """Sequence ``i`` computes positions ``spans[i]``; ``[T, heads, value_width]``, rows of padding included."""
         parts = [
             Slice(str(i), [0] * (b - a), a, self.made[i].blocks, True, [], [], SamplingParams(max_tokens=1))
             for i, (a, b) in spans.items()
@@ -77,7 +77,7 @@ class Stand:
             for name in ("keys", "values")
         )
         if padded is not None:
-            room = (0, 0, 0, padded - query.shape[1])
+            room = (0, 0, 0, padded.rows - query.shape[1])
             query, keys, values = (
                 torch.nn.functional.pad(part, room, value=torch.nan) for part in (query, keys, values)
             )

@@ -151,7 +151,7 @@ def test_a_step_that_is_narrowed_between_two_layers() -> None:
         experts.begin([7])
         experts.own_rows.fill_(7)
         found = run(experts, 0, tensors)
-        experts.narrow(3)
+        experts.narrow(3, torch.full_like(experts.own_rows, 3))
         narrowed = run(experts, 1, few)
         with pytest.raises(ValueError, match="layer 2 ran with 2 rows; layer 2 with 3 was announced"):
             run(experts, 2, [tensor[:2] for tensor in few])

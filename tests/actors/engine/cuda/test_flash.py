@@ -182,31 +182,34 @@ def attention(varlen: flash.Varlen | None, shape: KVShape, monkeypatch: pytest.M
     return made
 
 
-def sequences(runs: list[tuple[bool, list[Chunk]]]) -> list[tuple[bool, list[int]]]:
-    return [(dense, [chunk.sequence for chunk in run]) for dense, run in runs]
+def runs(made: TritonPagedAttention, *settings: object) -> list[tuple[bool, list[int]]]:
+    """Which sequences go together, and whether by keys and values as they come."""
+    found = made._runs(0, *settings, True)  # type: ignore[arg-type]
+    assert all(run.rows == sum(chunk.count for chunk in run.chunks) for run in found)
+    return [(run.dense, list(run.sequences)) for run in found]
 
 
 def test_neighbouring_whole_prompts_go_together(monkeypatch: pytest.MonkeyPatch) -> None:
     made = attention(stand_in, KVShape(2, 128, 128), monkeypatch)
     for window, sinks in ((None, None), (100, torch.zeros(2))):
-        assert sequences(made._runs(0, window, sinks)) == [(True, [3, 4]), (False, [5, 6]), (True, [7, 8])]
+        assert runs(made, window, sinks) == [(True, [3, 4]), (False, [5, 6]), (True, [7, 8])]
 
 
 def test_a_step_of_few_rows_has_no_time_for_more_launches(monkeypatch: pytest.MonkeyPatch) -> None:
     made = attention(stand_in, KVShape(2, 128, 128), monkeypatch)
     made.begin(SimpleNamespace(chunks=[Chunk(0, 2048, 0, 0), Chunk(2048, 2047, 0, 1)]))  # type: ignore[arg-type]
-    assert sequences(made._runs(0, None, None)) == [(False, [0, 1])]
+    assert runs(made, None, None) == [(False, [0, 1])]
     made.begin(SimpleNamespace(chunks=[Chunk(0, 2048, 0, 0), Chunk(2048, 2048, 0, 1)]))  # type: ignore[arg-type]
-    assert sequences(made._runs(0, None, None)) == [(True, [0, 1])]
+    assert runs(made, None, None) == [(True, [0, 1])]
 
 
 def test_torch_takes_long_prompts_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(TritonPagedAttention, "_plain", lambda *_: True)
     for varlen, shape in ((None, KVShape(2, 128, 128)), (stand_in, KVShape(2, 64, 128))):
         made = attention(varlen, shape, monkeypatch)
-        runs = [(False, [3]), (True, [4]), (False, [5, 6]), (True, [7]), (True, [8])]
-        assert sequences(made._runs(0, None, None)) == runs
-        assert sequences(made._runs(0, 100, None)) == [(False, [3, 4, 5, 6, 7, 8])]
+        expected = [(False, [3]), (True, [4]), (False, [5, 6]), (True, [7]), (True, [8])]
+        assert runs(made, None, None) == expected
+        assert runs(made, 100, None) == [(False, [3, 4, 5, 6, 7, 8])]
 
 
 def test_which_widths_fit() -> None:

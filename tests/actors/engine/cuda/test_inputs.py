@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from actors.engine.batch import Batch, Slice
-from actors.engine.cuda.inputs import StepInputs
+from actors.engine.cuda.inputs import Padded, StepInputs
 from actors.wire import SamplingParams
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -39,14 +39,21 @@ def test_steps_of_few_and_of_many_sequences_in_turn(seed: int) -> None:
             parts.append(part(blocks, length, count))
             running[i] = blocks, length + count
         batch = Batch(tuple(sorted(parts, key=lambda piece: len(piece.tokens) > 1)))
-        padded = draw.randint(len(parts), SEQUENCES) if decodes else None
+        sequences = draw.randint(len(parts), SEQUENCES)
+        padded = Padded(sequences if decodes else draw.randint(max(sequences + 1, batch.num_tokens), 64), sequences)
+        padded = padded if decodes or draw.random() < 0.5 else None
         inputs.fill(batch, padded)
         fresh = StepInputs(64, SEQUENCES, BLOCKS, SIZE, DEVICE)
         fresh.fill(batch, padded)
         assert (inputs.rows, inputs.sequences, inputs.chunks) == (fresh.rows, fresh.sequences, fresh.chunks)
         for name, count in (("ids", inputs.rows), ("positions", inputs.rows), ("targets", inputs.rows)):
             assert torch.equal(getattr(inputs, name)[:count], getattr(fresh, name)[:count]), name
-        for name, count in (("count", 1), ("lengths", inputs.sequences), ("last", inputs.sequences)):
+        assert inputs.count.tolist() == [batch.num_tokens]
+        singles = [piece.end if len(piece.tokens) == 1 else 0 for piece in batch.slices]
+        assert inputs.decode_lengths[: len(parts)].tolist() == singles
+        assert inputs.chunk_span.tolist() == [sum(map(bool, singles)), inputs.sequence_count.item()]
+        assert inputs.sequence_count.tolist() == [len(parts)]
+        for name, count in ((name, inputs.sequences) for name in ("lengths", "decode_lengths", "last")):
             assert torch.equal(getattr(inputs, name)[:count], getattr(fresh, name)[:count]), name
         assert torch.equal(inputs.starts[: inputs.sequences + 1], fresh.starts[: inputs.sequences + 1])
         for sequence, piece in enumerate(batch.slices):

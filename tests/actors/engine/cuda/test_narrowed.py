@@ -1,4 +1,4 @@
-"""Steps with prompts whose last layer computes only the rows that are read: as those in which it computes all."""
+"""Steps with prompts, padded or not, whose last layer computes only the rows that are read: as those without that."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from actors.engine.batch import EMPTY, Batch, Slice
 from actors.engine.cuda.decoder import Narrowed
 from actors.engine.cuda.experts import CudaExperts
 from actors.engine.cuda.fuse import fuse
-from actors.engine.cuda.inputs import StepInputs
+from actors.engine.cuda.inputs import Padded, StepInputs
 from actors.engine.cuda.steps import CudaSteps
 from actors.engine.cuda.window import Layout, Window
 from actors.engine.experts.exchange import SoloExchange
@@ -32,6 +32,7 @@ from actors.wire import SamplingParams
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 BLOCK, BLOCKS, MAX_ROWS = 4, 64, 40
+PADDED = Padded(12, 5)
 # Of models this small rounding alone makes others, by up to a twentieth.
 TOLERANCE = {"float32": 1e-5, "bfloat16": 6e-2}
 
@@ -73,7 +74,7 @@ class Stand:
         model.attention = self.attention = TritonPagedAttention(model.kv_shapes, BLOCKS, BLOCK, model.dtype, device)
         self.steps = steps = object.__new__(CudaSteps)
         steps.model, steps._experts, steps._narrowed, steps._idle = model, self.experts, self.narrowed, None
-        steps.sizes, steps._graphs = [], {}
+        steps.sizes, steps.prompt_sizes, steps._graphs = [], [], {}
         steps.inputs = StepInputs(MAX_ROWS, 8, 12, BLOCK, device)
         self.experts.own_rows = steps.inputs.count
         # By step: how many rows each layer's experts got.
@@ -131,21 +132,34 @@ def test_logits_keys_and_values_are_the_same(
     stand.experts.adopt(stand.routing, SoloExchange())
     pools = [*stand.attention.keys, *stand.attention.values]
 
-    def played(narrowed: Narrowed | None) -> tuple[list[torch.Tensor], list[list[int]], list[torch.Tensor]]:
-        stand.steps._narrowed, stand.rows = narrowed, []
+    def played(narrowed: Narrowed | None, *sizes: Padded) -> list[torch.Tensor]:
+        """Logits by step, what is kept, and how often experts were chosen, which is the last one."""
+        stand.steps._narrowed, stand.steps.prompt_sizes, stand.rows = narrowed, list(sizes), []
+        stand.experts.reset_counts()
         for pool in pools:
             pool.zero_()
-        return [stand.run(batch) for batch, _ in STEPS], stand.rows, [pool.clone() for pool in pools]
+        logits = [stand.run(batch) for batch, _ in STEPS]
+        return [*logits, *(pool.clone() for pool in pools), stand.experts.chosen.clone()]
+
+    def rows_of_layers(rows: int, last: int) -> list[int]:
+        count = len(stand.experts.layers)
+        return [rows] * count if family in WITHOUT_EXPERTS_AT_THE_END else [rows] * (count - 1) + [last]
 
     assert stand.narrowed is not None
-    found, rows, kept = played(stand.narrowed)
-    expected, all_rows, all_kept = played(None)
-    for step, (batch, few) in enumerate(STEPS):
-        assert all_rows[step] == [batch.num_tokens] * len(stand.experts.layers)
-        assert rows[step] == (all_rows[step] if family in WITHOUT_EXPERTS_AT_THE_END else [*all_rows[step][:-1], few])
-        assert found[step].shape == (len(batch.sampling_slices), tiny_models.VOCAB)
-        assert_near(found[step], expected[step], dtype)
-    assert all(map(torch.equal, kept, all_kept))
+    expected = played(None)
+    assert stand.rows == [rows_of_layers(batch.num_tokens, batch.num_tokens) for batch, _ in STEPS]
+    found = played(stand.narrowed)
+    assert stand.rows == [rows_of_layers(batch.num_tokens, few) for batch, few in STEPS]
+    padded = played(stand.narrowed, PADDED)
+    assert stand.rows == [rows_of_layers(*PADDED)] * len(STEPS)
+    for step, (batch, _) in enumerate(STEPS):
+        for logits in (found[step], padded[step]):
+            assert logits.shape == (len(batch.sampling_slices), tiny_models.VOCAB)
+            assert_near(logits, expected[step], dtype)
+    assert all(map(torch.equal, found[len(STEPS) : -1], expected[len(STEPS) : -1]))
+    for kept, own in zip(padded[len(STEPS) : -1], expected[len(STEPS) : -1], strict=True):
+        assert_near(kept, own, dtype)
+    assert torch.equal(padded[-1], found[-1])
 
 
 def assert_near(found: torch.Tensor, expected: torch.Tensor, dtype: str) -> None:

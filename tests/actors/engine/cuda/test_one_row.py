@@ -18,7 +18,7 @@ from actors.engine.cuda.attend_joint import decode_joint
 from actors.engine.cuda.attend_tile import Tiles
 from actors.engine.cuda.elementwise import add_rms_norm, rms_norm
 from actors.engine.cuda.experts import CudaExperts
-from actors.engine.cuda.inputs import StepInputs
+from actors.engine.cuda.inputs import Padded, StepInputs
 from actors.engine.cuda.linear import Linear
 from actors.engine.cuda.one_row import Row, multiply_row, share, suits_row
 from actors.engine.cuda.rotary import Heads, split_and_rotate
@@ -158,7 +158,7 @@ def test_attention_from_the_joint_projection_on(
     logits = random(query, dtype=dtype) if sinks else None
     inputs = StepInputs(8, 8, 12, 4, DEVICE)
     blocks = torch.randperm(32).tolist()
-    inputs.fill(Batch((part(blocks[:12], 40), part(blocks[12:13], 0), part(blocks[13:18], 16))), 4)
+    inputs.fill(Batch((part(blocks[:12], 40), part(blocks[12:13], 0), part(blocks[13:18], 16))), Padded(4, 4))
     pools = random(2, 32, shared, 4, width, dtype=dtype)
     arrivals = torch.zeros(16, dtype=torch.int32, device=DEVICE)
     tiles = Tiles(16, 16, 4, 1)
@@ -189,7 +189,7 @@ def test_which_steps_take_attention_from_the_joint_projection_on(
     attention = TritonPagedAttention([KVShape(2, 32, 32)], 32, 4, dtype, DEVICE)
     inputs = StepInputs(8, 8, 12, 4, DEVICE)
 
-    def step(batch: list[Slice], rows: int, padded: int | None) -> None:
+    def step(batch: list[Slice], rows: int, padded: Padded | None) -> None:
         inputs.fill(Batch(tuple(batch)), padded)
         attention.begin(inputs)
         heads, joint, cosine, sine = made((6, 2, 32, 32), 32, True, dtype, rows)
@@ -197,11 +197,11 @@ def test_which_steps_take_attention_from_the_joint_projection_on(
         assert out.shape == (rows, 6, 32) and bool(out.isfinite().all())
 
     step([part([0], 0)], 1, None)
-    step([], 1, 1)
+    step([], 1, Padded(1, 1))
     assert calls == ([] if dtype == torch.float32 else [1, 1])
     calls.clear()
     step([part([0], 1), part([1], 0)], 2, None)
-    step([part([0], 2)], 2, 2)
+    step([part([0], 2)], 2, Padded(2, 2))
     step([Slice("r", [0, 0], 0, [0], True, [], [], SamplingParams(max_tokens=1))], 2, None)
     assert not calls
 

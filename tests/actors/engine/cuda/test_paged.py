@@ -16,6 +16,7 @@ from actors.engine.attention.triton_paged import TritonPagedAttention
 from actors.engine.batch import Batch
 from actors.engine.cuda import attend_decode, attend_prefill, flash
 from actors.engine.cuda.attend_tile import Tiles
+from actors.engine.cuda.inputs import Padded
 
 
 @pytest.fixture(autouse=True)
@@ -85,9 +86,27 @@ def test_split_decodes_with_padding(
     spans = {i: (length - 1, length) for i, length in enumerate(lengths)}
     for _ in range(2):  # the arrivals of the first are not counted in the second
         query = stand.query(len(spans))
-        output = stand.step(spans, query, window, sinks, padded=6)
+        output = stand.step(spans, query, window, sinks, padded=Padded(6, 6))
         stand.check(output[:4], stand.expected(spans, query, window, sinks))
         assert (output[4:] == 0).all()
+
+
+@pytest.mark.parametrize("window", [None, 7])
+def test_steps_padded_to_any_number_of_decodes_and_chunks(window: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of them, or both; up to as many rows and sequences as there is room for."""
+    monkeypatch.setattr(attend_prefill, "prefill_tiles", lambda *_: Tiles(16, 16, 4, 1))
+    stand = Stand(KVShape(2, 16, 8), 6, [19, 33, 42, 2, 3], torch.bfloat16)
+    for spans, padded in (
+        ({0: (0, 17), 1: (0, 5), 2: (0, 41), 3: (0, 1), 4: (0, 1)}, Padded(70, 6)),
+        ({0: (17, 18), 3: (1, 2), 1: (5, 30)}, Padded(40, 5)),
+        ({0: (18, 19), 1: (30, 31), 2: (41, 42), 4: (1, 2)}, Padded(5, 4)),
+        ({4: (2, 3), 1: (31, 33)}, Padded(3, 2)),
+    ):
+        rows = sum(end - start for start, end in spans.values())
+        query = stand.query(rows)
+        output = stand.step(spans, query, window, padded=padded)
+        assert len(output) == padded.rows
+        stand.check(output[:rows], stand.expected(spans, query, window))
 
 
 def test_long_prompts_by_torch_beside_short_ones(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -125,7 +144,7 @@ def test_a_float32_result_does_not_depend_on_the_rest_of_the_batch() -> None:
     stand = Stand(KVShape(2, 8, 8), 4, [40, 21], torch.float32)
     stand.step({0: (0, 39), 1: (0, 20)}, stand.query(59))
     query = stand.query(2)
-    together = stand.step({0: (39, 40), 1: (20, 21)}, query, padded=4)
+    together = stand.step({0: (39, 40), 1: (20, 21)}, query, padded=Padded(4, 4))
     alone = stand.step({1: (20, 21)}, query[:, 1:2])
     assert torch.equal(together[1], alone[0])
 
@@ -136,7 +155,7 @@ def test_an_empty_step_and_one_of_padding_only() -> None:
     stand.attention.begin(stand.inputs)
     nothing = [torch.randn(0, heads, 8, device=DEVICE) for heads in (4, 2, 2)]
     assert stand.attention.store_and_attend(0, *nothing, SCALE, None, None).shape == (0, 4, 8)
-    stand.inputs.fill(Batch(()), 2)
+    stand.inputs.fill(Batch(()), Padded(2, 2))
     padding = [torch.full((2, heads, 8), torch.nan, device=DEVICE) for heads in (4, 2, 2)]
     assert (stand.attention.store_and_attend(0, *padding, SCALE, None, None) == 0).all()
 

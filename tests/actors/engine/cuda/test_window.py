@@ -107,7 +107,7 @@ class Model:
         hidden = torch.zeros(padded, HIDDEN, device=self.device, dtype=self.dtype)
         for layer, seed in enumerate(seeds):
             if few and layer == LAYERS - 1:
-                experts.narrow(few)
+                experts.narrow(few, torch.full_like(experts.own_rows, few))
                 rows, padded, hidden = few, few, hidden[:few]
             fresh, ids, weights = draw(rows, seed + 97 * own)
             hidden[:rows] += fresh.to(self.device)
