@@ -50,13 +50,14 @@ class Absent:
 
 @dataclass(frozen=True)
 class Setting:
-    """What all contenders are given."""
+    """What all contenders are given. ``dummy``: weights are random, and the model's directory has none."""
 
     model: Path
     port: int
     cores: int
     max_sequences: int
     build: Path
+    dummy: bool = False
     extra: dict[str, list[str]] = field(default_factory=dict)
 
 
@@ -83,6 +84,8 @@ def accordion(
         "max_num_seqs": setting.max_sequences,
         "max_data_parallel_size": max(ranks, largest, application["args"].get("max_data_parallel_size") or ranks),
     }
+    if setting.dummy:
+        application["args"]["load_format"] = "dummy"
     for deployment in application["deployments"]:
         deployment["user_config"] = {"data_parallel_size": ranks}
         deployment["num_replicas"] = front_ends or deployment.get("num_replicas", 2)
@@ -125,6 +128,8 @@ def vllm(setting: Setting, python: Path, eager: bool) -> Contender | Absent:
     command = [str(python), "-m", "vllm.entrypoints.openai.api_server", "--model", str(setting.model)]
     command += ["--served-model-name", MODEL_NAME, "--host", "127.0.0.1", "--port", str(setting.port)]
     command += ["--dtype", "float32", "--max-model-len", "2048", "--max-num-seqs", str(setting.max_sequences)]
+    if setting.dummy:
+        command += ["--load-format", "dummy"]
     command += ["--enforce-eager"] if eager else []
     environment = {
         # By default it leaves a core to the front-end, which halves its speed on two cores.

@@ -108,6 +108,7 @@ def main() -> None:
         cores=len(os.sched_getaffinity(0)),
         max_sequences=max(arguments.concurrency),
         build=contenders.ROOT / "build" / "bench",
+        dummy=arguments.dummy,
         extra={"vllm": shlex.split(arguments.vllm_args), "transformers": shlex.split(arguments.transformers_args)},
     )
     runnable, absent = choose(arguments, setting)
@@ -334,7 +335,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=2, help="times all levels are run in a pass")
     parser.add_argument("--level-seconds", type=float, default=60.0, help="no request of a level is sent later")
     parser.add_argument("--start-timeout", type=float, default=600.0, help="longest wait for a server, seconds")
-    parser.add_argument("--dummy", action="store_true", help="the model's weights are random: any answer is right")
+    parser.add_argument("--dummy", action="store_true", help="random weights, so that any answer is right")
     parser.add_argument("--port", type=int, default=8000)
     arguments = parser.parse_args()
     if wrong := set(arguments.peers) - set(PEERS):

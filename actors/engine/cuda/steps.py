@@ -37,11 +37,11 @@ from actors.engine.steps import rehearsal
 
 logger = logging.getLogger(__name__)
 
-# Runs of a step before it is captured: kernels are compiled and chosen, workspaces made.
-_REHEARSALS = 2
 # Rows of steps with prompts that are captured, and sequences: of few, each has several programs that decode.
 _PROMPT_ROWS = (64, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
 _FEW_SEQUENCES = 16
+# Rows that a rank without any serves, of all ranks on average, for which that is captured.
+_IDLE_ROWS = (256, 1024, 2048)
 # What the driver keeps for one captured step, besides the memory that the step computes in. Bytes.
 _GRAPH_BYTES = 16 * 2**20
 
@@ -93,7 +93,7 @@ class CudaSteps:
         prompts = prompt_ladder(config.max_num_batched_tokens, config.max_num_seqs)
         self.prompt_sizes = prompts if self.sizes else []
         self._graphs: dict[Padded, tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
-        self._idle: torch.cuda.CUDAGraph | None = None
+        self._idle: dict[int, torch.cuda.CUDAGraph] = {}
         plan = self._plan(weights)
         logger.info("%s", plan)
         self.num_kv_blocks = plan.blocks
@@ -118,10 +118,12 @@ class CudaSteps:
 
     def idle(self) -> None:
         self.inputs.fill(EMPTY)
-        if self._idle is not None and self._few_rows:
-            self._idle.replay()
-        else:
+        experts = self._experts
+        rows = next((rows for rows in self._idle if rows >= experts.mean_rows), None)
+        if rows is None or self.model.experts is not experts:
             self.model.experts.finish()
+        else:
+            self._idle[rows].replay()
 
     @property
     def _few_rows(self) -> bool:
@@ -151,7 +153,8 @@ class CudaSteps:
         for size in reversed(self._padded):
             self._capture(size)
         if self.sizes and self.model.experts.layers:
-            self._capture_idle()
+            for rows in _IDLE_ROWS:
+                self._capture_idle(min(rows, self.config.max_num_batched_tokens))
         torch.cuda.synchronize()
         logger.info(
             "captured steps of %s decodes and of up to %s rows in %.1f s; %.1f MiB",
@@ -164,8 +167,7 @@ class CudaSteps:
         return [*(Padded(size, size) for size in self.sizes), *self.prompt_sizes]
 
     def _capture(self, size: Padded) -> None:
-        for _ in range(_REHEARSALS):
-            self._rehearse(size)
+        self._rehearse(size)  # kernels are compiled and chosen, workspaces made
         torch.cuda.synchronize()
         self.model.experts.begin([size.rows])
         graph = torch.cuda.CUDAGraph()
@@ -173,16 +175,15 @@ class CudaSteps:
             logits = self._forward()
         self._graphs[size] = graph, _unowned(logits)
 
-    def _capture_idle(self) -> None:
-        for _ in range(_REHEARSALS):
-            self.model.experts.begin([0])
-            self.idle()
+    def _capture_idle(self, rows: int) -> None:
+        self.model.experts.begin([rows])
+        self.model.experts.finish()
         torch.cuda.synchronize()
-        self.model.experts.begin([0])
+        self.model.experts.begin([rows])
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool):
             self.model.experts.finish()
-        self._idle = graph
+        self._idle[rows] = graph
 
     @property
     def _pool(self) -> Any:

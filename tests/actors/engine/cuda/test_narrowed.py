@@ -73,7 +73,7 @@ class Stand:
             loader.load_experts(self.routing.own_slots)
         model.attention = self.attention = TritonPagedAttention(model.kv_shapes, BLOCKS, BLOCK, model.dtype, device)
         self.steps = steps = object.__new__(CudaSteps)
-        steps.model, steps._experts, steps._narrowed, steps._idle = model, self.experts, self.narrowed, None
+        steps.model, steps._experts, steps._narrowed, steps._idle = model, self.experts, self.narrowed, {}
         steps.sizes, steps.prompt_sizes, steps._graphs = [], [], {}
         steps.inputs = StepInputs(MAX_ROWS, 8, 12, BLOCK, device)
         self.experts.own_rows = steps.inputs.count
