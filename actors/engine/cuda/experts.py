@@ -87,7 +87,7 @@ class CudaExperts:
         self.own_rows, self._turn, self._arrived = integers(1), integers(1), integers(1)
         self._members, self._windows = integers(2), integers(max_ranks, dtype=torch.int64)
         self._pad = integers(1, dtype=torch.int64)
-        self._group = self._members, self._windows, self._pad, self._turn
+        self._group = self._members, self._windows, self._pad, self.window.broken, self._turn
         self._sizes = {"TOP_K": top_k, "HIDDEN": hidden, "EXPERTS": num_experts, "MAX_RANKS": max_ranks}
         self._local, self._table = integers(count), integers(count, max_ranks, num_experts + 1)
         self._count, self._index = integers(num_slots), integers(num_slots, self._capacity)

@@ -17,8 +17,8 @@ from actors.engine.cuda.window import Window
 from actors.engine.experts.exchange import PeerLost
 from actors.engine.experts.mesh import MeshExchange
 
-# How often a member that has not told yet is looked for, seconds.
-POLL_S = 0.005
+# How often a member that has not told yet is looked for, and how often it is looked whether one was lost, seconds.
+POLL_S, WATCH_S = 0.005, 0.05
 
 
 class NoPeerAccess(RuntimeError):
@@ -136,6 +136,9 @@ class CudaPeers:
 
     ``addresses`` are the members' windows as this process sees them, ``pad`` where in each of them this epoch's flags
     stand, ``turn`` how many exchanges there have been in it (kept by ``CudaExperts`` while it is not in use).
+
+    A thread watches the members' connections. Who launches steps may be held up by the driver behind a step that waits
+    for a lost peer, so it can't be left to them.
     """
 
     def __init__(self, windows: PeerWindows, mesh: MeshExchange, addresses: Sequence[int], epoch: int) -> None:
@@ -145,7 +148,9 @@ class CudaPeers:
         self.turn = torch.zeros(1, dtype=torch.int32, device=windows.window.memory.data.device)
         self._windows = windows
         self._mesh = mesh
-        self._broken = False
+        self._closing = threading.Event()
+        self._watcher = threading.Thread(target=self._watch, name="peer watch", daemon=True)
+        self._watcher.start()
 
     def sync(self, vector: Sequence[int]) -> list[list[int]]:
         return self._mesh.sync(vector)
@@ -169,21 +174,14 @@ class CudaPeers:
         return self._mesh.combine(rows, send, receive)
 
     def close(self) -> None:
+        self._closing.set()
+        self._watcher.join()
         self._mesh.close()
         self._windows.release(self)
 
     def break_off(self) -> None:
         """From any thread: lets kernels that wait for a peer, here or at peers, run through. Their steps are void."""
-        if self._broken:
-            return
-        self._broken = True
-        abort = self._windows.window.layout.abort(self.pad)
-        for index, address in enumerate(self.addresses):
-            try:
-                self._windows.window.memory.write(address + abort, 1)
-            except OSError:
-                if index == self.rank_index:
-                    raise
+        self._windows.window.broken[0] = self.pad
 
     def wait(self, done: torch.cuda.Event, timeout_s: float) -> None:
         """Waits for an event that was recorded behind a step.
@@ -196,8 +194,14 @@ class CudaPeers:
             waited = time.monotonic() - started
             if waited > 2 * timeout_s:
                 raise PeerLost(f"a step of rank index {self.rank_index} did not end within {waited:.1f} s")
-            if not self._broken and (waited > timeout_s or self._mesh.lost()):
+            if waited > timeout_s:
                 self.break_off()
+
+    def _watch(self) -> None:
+        while not self._closing.wait(WATCH_S):
+            if self._mesh.lost():
+                self.break_off()
+                return
 
 
 def _machine() -> str:

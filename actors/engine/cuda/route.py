@@ -6,6 +6,8 @@ Everything that depends on the membership is read from device memory, so a captu
   windows (see ``window.py``); ``pad [1]``: where in each window this epoch's flags stand, in bytes.
 * ``table [layers, max_ranks, experts + 1]``: the global slot to which a rank sends an expert's rows, -1 for none;
   ``local [layers]``: 1 where no row leaves its rank, so that nobody is waited for.
+* ``broken [1]``: the pad of the epoch whose waits the host broke off. It stands in host memory, which the host writes
+  without asking the driver: that may be waiting itself, for room to launch what comes behind a wait.
 * ``turn [1]``: how many exchanges there have been in this epoch. A flag is up when it has reached the present turn.
 
 A *pair* is a row and one of its experts: ``(source * max_rows + row) * top_k + k``. ``count [slots]`` is how many pairs
@@ -20,6 +22,9 @@ import triton
 import triton.language as tl
 
 from actors.engine.cuda.overlap import begin, begin_in_turn, fetch_ahead
+
+# A wait looks at its flag so often before it looks whether the host breaks off.
+_LOOKS = tl.constexpr(256)
 
 
 @triton.jit
@@ -40,13 +45,20 @@ def _raise(windows, pad, kind, members, turn, MAX_RANKS: tl.constexpr):
 
 
 @triton.jit
-def _arrived(windows, pad, kind, me, source, turn, void, MAX_RANKS: tl.constexpr):
-    """Waits until ``source`` has raised its flag: True. Or until the host breaks off: False, and the step is void."""
+def _arrived(windows, pad, broken, kind, members, source, turn, void, MAX_RANKS: tl.constexpr):
+    """Waits until ``source`` has raised its flag: True. Or until a host breaks off: False, and the step is void."""
+    size, me = tl.load(members), tl.load(members + 1)
     flag = _flag(windows, me, pad, kind, source, MAX_RANKS)
     abort = _flag(windows, me, pad, 2, 0, MAX_RANKS)
     behind = tl.load(flag, volatile=True) - turn
+    epoch, looks = tl.load(pad), behind * 0
     while behind < 0:
         behind = tl.load(flag, volatile=True) - turn
+        looks += 1
+        # The host's word is far away.
+        if tl.load(broken, mask=looks % _LOOKS == 0, other=-1, volatile=True) == epoch:
+            for rank in range(size):
+                tl.atomic_xchg(_flag(windows, rank, pad, 2, 0, MAX_RANKS), 1, sem="relaxed", scope="sys")
         if tl.load(abort, volatile=True) != 0:
             behind = 0
     # The loads above order nothing; this does. Rows that came before the host broke off are nobody's any more: their
@@ -88,8 +100,8 @@ def _place(
 
 @triton.jit(do_not_specialize=["layer"])
 def dispatch(
-    hidden, ids, received, own_rows, chosen, table, local, members, windows, pad, turn, arrived, count, index, void,
-    layer, num_slots, capacity, max_rows, ids_at, counts_at,
+    hidden, ids, received, own_rows, chosen, table, local, members, windows, pad, broken, turn, arrived, count, index,
+    void, layer, num_slots, capacity, max_rows, ids_at, counts_at,
     TOP_K: tl.constexpr, HIDDEN: tl.constexpr, EXPERTS: tl.constexpr, MAX_RANKS: tl.constexpr,
     BLOCK: tl.constexpr, WIDTH: tl.constexpr, EAGER: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
@@ -147,7 +159,7 @@ def dispatch(
     if not alone:
         for step in range(1, size):
             source = (me + step) % size
-            if _arrived(windows, pad, 0, me, source, now, void, MAX_RANKS):
+            if _arrived(windows, pad, broken, 0, members, source, now, void, MAX_RANKS):
                 theirs = tl.load((here + counts_at).to(tl.pointer_type(tl.int32), bitcast=True) + source)
                 their_ids = (here + ids_at).to(tl.pointer_type(tl.int32), bitcast=True)
                 _place(
@@ -159,7 +171,7 @@ def dispatch(
 
 @triton.jit(do_not_specialize=["layer", "rows"])
 def combine(
-    ids, weights, results, output, own_rows, table, local, members, windows, pad, turn, arrived, count, void,
+    ids, weights, results, output, own_rows, table, local, members, windows, pad, broken, turn, arrived, count, void,
     layer, rows, num_slots,
     TOP_K: tl.constexpr, HIDDEN: tl.constexpr, EXPERTS: tl.constexpr, MAX_RANKS: tl.constexpr, SLOTS: tl.constexpr,
     WIDTH: tl.constexpr, EAGER: tl.constexpr, OVERLAP: tl.constexpr,
@@ -188,7 +200,7 @@ def combine(
             _raise(windows, pad, 1, members, now, MAX_RANKS)
         for peer in range(size):
             if peer != me:
-                _arrived(windows, pad, 1, me, peer, now, void, MAX_RANKS)
+                _arrived(windows, pad, broken, 1, members, peer, now, void, MAX_RANKS)
     slots = table + (layer * MAX_RANKS + me) * (EXPERTS + 1)
     parts: tl.constexpr = (HIDDEN + WIDTH - 1) // WIDTH
     for item in range(tl.program_id(0), rows * parts, tl.num_programs(0)):

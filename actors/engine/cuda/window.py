@@ -81,7 +81,7 @@ class Layout:
 
     @property
     def pad_words(self) -> int:
-        """Flags ``[2, max_ranks]`` (rows have come, results have), and whether the host broke off; int32."""
+        """Flags ``[2, max_ranks]`` (rows have come, results have), and whether a host broke off; int32."""
         return _aligned((2 * self.max_ranks + 1) * 4) // 4
 
     @property
@@ -92,13 +92,12 @@ class Layout:
         """Where the flags of this epoch stand."""
         return self.pads + epoch % PADS * self.pad_words * 4
 
-    def abort(self, pad: int) -> int:
-        """Where in a pad that starts at ``pad`` it says that the host broke off."""
-        return pad + 2 * self.max_ranks * 4
-
 
 class Window:
-    """A rank's window in ``memory``, which has ``layout.nbytes``."""
+    """A rank's window in ``memory``, which has ``layout.nbytes``.
+
+    ``broken`` (int64 ``[1]``, on the host) is the pad of the epoch whose waits are broken off; -1: none was.
+    """
 
     def __init__(self, layout: Layout, memory: Memory) -> None:
         if memory.data.numel() < layout.nbytes:
@@ -106,6 +105,7 @@ class Window:
         self.layout = layout
         self.memory = memory
         self.address = memory.data.data_ptr()
+        self.broken = torch.full([1], -1, pin_memory=memory.data.is_cuda)
         self.received = self._view(layout.rows, layout.ids)
         self.results = self._view(layout.results, layout.pads)
 
@@ -118,7 +118,9 @@ class Window:
         return cls(layout, memory)
 
     def clear_pad(self, epoch: int) -> None:
-        """To be done before peers hear of the epoch."""
+        """To be done before peers hear of the epoch. The last one with the same pad is long over."""
+        if self.broken[0] == self.layout.pad(epoch):
+            self.broken[0] = -1
         self.memory.write(self.address + self.layout.pad(epoch), 0, self.layout.pad_words)
 
     def _view(self, start: int, end: int) -> torch.Tensor:
