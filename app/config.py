@@ -122,7 +122,8 @@ class AppConfig(BaseModel):
     max_queue: Positive = Field(1024, description="Requests a rank lets wait; more get 429.")
     cuda_graphs: tuple[Positive, ...] | None = Field(
         None,
-        description="Batch sizes for which a step is captured on cuda; unset: a ladder to `max_num_seqs`; `[]`: none.",
+        description="Decodes for which a step is captured on cuda, with steps of up to 2,048 rows besides; unset: a "
+        "ladder to `max_num_seqs`; `[]`: nothing is.",
     )
 
     placement_timeout_s: Seconds = Field(60.0, description="Longest wait for placement groups.")
