@@ -18,8 +18,9 @@ class EngineConfig(msgspec.Struct, frozen=True):
     ``min_data_parallel_size`` ranks needs. ``threads`` are torch's intra-op threads. ``load_format`` is ``auto``, the
     checkpoint, or ``dummy``, random weights by ``seed``. On cuda, up to ``max_ranks`` ranks of one machine exchange
     rows through each other's memory. ``cuda_graphs`` are the padded numbers of decodes for which a step is captured
-    (None: a ladder up to ``max_num_seqs``), unless it is empty besides others of up to 2,048 rows. ``quantization`` is ``auto``, where experts of an FP8
-    checkpoint stay in FP8 if the device computes with them, or ``dequantize``. Timeouts are in seconds.
+    (None: a ladder up to ``max_num_seqs``), unless it is empty besides others of up to 2,048 rows. ``quantization`` is
+    ``auto``, where experts of an FP8 checkpoint stay in FP8 if the device computes with them, or ``dequantize``.
+    Timeouts are in seconds.
     """
 
     model: str

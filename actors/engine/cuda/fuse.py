@@ -9,20 +9,21 @@ from __future__ import annotations
 import itertools
 import logging
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
 
 from actors.engine.attention.triton_paged import TritonPagedAttention
 from actors.engine.cuda.body import fuse_body
+from actors.engine.cuda.compiling import only_compiling
 from actors.engine.cuda.decoder import Narrowed, Norm, OfRow, OfRows, fuse_decoders
 from actors.engine.cuda.elementwise import MAX_NORM_WIDTH, rms_norm, silu_and_mul
 from actors.engine.cuda.linear import Linear, join
 from actors.engine.cuda.one_row import Row
 from actors.engine.cuda.rotary import Heads, split_and_keep
 from actors.engine.cuda.router import MAX_CHOSEN, MAX_EXPERTS, Choice, Router, route
-from actors.engine.cuda.trial import TOLERANCE, Trial, attempt, error, errors
+from actors.engine.cuda.trial import TOLERANCE, Trial, attempt, error, errors, unjudged
 from actors.engine.model import MoEModel
 
 logger = logging.getLogger(__name__)
@@ -39,20 +40,52 @@ def fuse(model: MoEModel, positions: int) -> Narrowed | None:
     attention and experts are not called, and need not exist. From here on positions have to be below ``positions``.
     Gives the model narrowed to the rows that are kept, if it can be.
     """
-    return _Fuser(model, positions).run()
+    joined = join(model.linear_groups)
+    if next(model.module.parameters()).is_cuda:
+        _compile(model, joined)
+    return _Fuser(model, joined).run(positions)
+
+
+def _compile(model: MoEModel, joined: dict[tuple[torch.nn.Linear, ...], Linear]) -> None:
+    """Compiles most of what fusing runs, several kernels at a time: candidates are taken untried, and given up."""
+    own = {module: module.__dict__.get("forward") for module in model.module.modules()}
+    with only_compiling(), unjudged():
+        _Fuser(model, joined).fuse_modules(list(_distinct(model.module)))
+    for module, forward in own.items():
+        if forward is None:
+            module.__dict__.pop("forward", None)
+        else:
+            module.forward = forward
+
+
+def _distinct(module: Any) -> Iterator[Any]:
+    """``module`` and those in it, but of those in a list that have equal parts only one."""
+    yield module
+    children = list(module.children())
+    if isinstance(module, torch.nn.ModuleList):
+        parts = ((type(child), [(name, part.shape) for name, part in child.named_parameters()]) for child in children)
+        children = list({str(part): child for part, child in zip(parts, children, strict=True)}.values())
+    for child in children:
+        yield from _distinct(child)
 
 
 class _Fuser:
-    def __init__(self, model: MoEModel, positions: int) -> None:
-        self.model, self.positions = model, positions
+    def __init__(self, model: MoEModel, joined: dict[tuple[torch.nn.Linear, ...], Linear]) -> None:
+        self.model, self.joined = model, joined
         self.trial = Trial(model)
         self.tolerance = TOLERANCE[model.dtype]
-        self.joined = join(model.linear_groups)
         self.norms: dict[Any, Norm] = {}
         self.of_row: dict[Any, OfRow] = {}
         self.of_rows: dict[Any, OfRows] = {}
 
-    def run(self) -> Narrowed | None:
+    def run(self, positions: int) -> Narrowed | None:
+        counts, narrowed = self.fuse_modules(list(self.model.module.modules()))
+        counts["body"], counts["table of angles"] = map(int, fuse_body(self.trial, positions))
+        logger.info("fused %s", ", ".join(f"{n} {name}" for name, n in counts.items() if n) or "nothing")
+        return narrowed
+
+    def fuse_modules(self, modules: Sequence[Any]) -> tuple[Counter[str], Narrowed | None]:
+        """How many of which kind were fused, and the model narrowed."""
         counts: Counter[str] = Counter()
         kinds = (
             ("norms", self._norm),
@@ -62,16 +95,14 @@ class _Fuser:
             ("attentions", self._attention),
         )
         for name, attempt_to_fuse in kinds:
-            for module in self.model.module.modules():
+            for module in modules:
                 if attempt_to_fuse(module):
                     counts[name] += 1
         layers, narrowed = fuse_decoders(self.trial, self.norms, self.of_row, self.of_rows)
         counts["layers"], counts["open layers"], counts["layers by row"] = layers
         counts["narrowed layers"] = int(narrowed is not None)
         counts["joint projections"] = sum(len(group) > 1 for group in self.joined)
-        counts["body"], counts["table of angles"] = map(int, fuse_body(self.trial, self.positions))
-        logger.info("fused %s", ", ".join(f"{n} {name}" for name, n in counts.items() if n) or "nothing")
-        return narrowed
+        return counts, narrowed
 
     def _best(self, own: Any, candidates: Sequence[_T], run: Callable[[_T], Any]) -> _T | None:
         """The candidate whose result is nearest to ``own``, of those within the tolerance."""
@@ -142,6 +173,7 @@ class _Fuser:
         def dense(weights: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
             """By expert: the order of the chosen is free. Being chosen counts as well as the weight."""
             empty = torch.zeros(_ROUTED_ROWS, experts, dtype=torch.float32, device=weights.device)
+            ids = ids.clamp(0, experts - 1)  # which are anything where a kernel was only compiled
             return torch.cat([empty.scatter(1, ids, weights.float()), empty.scatter(1, ids, 1.0)], 1)
 
         choice = self._best(dense(*exact[1:]), candidates, lambda c: dense(*route(logits, c)))
