@@ -38,7 +38,7 @@ from actors.engine.steps import rehearsal
 logger = logging.getLogger(__name__)
 
 # Rows of steps with prompts that are captured, and sequences: of few, each has several programs that decode.
-_PROMPT_ROWS = (64, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
+_PROMPT_ROWS = (64, 128, 256, 512, 768, 1024, 1536, 2048)
 _FEW_SEQUENCES = 16
 # Rows that a rank without any serves, of all ranks on average, for which that is captured.
 _IDLE_ROWS = (256, 1024, 2048)
