@@ -19,8 +19,9 @@ from actors.engine.cuda.inputs import Chunk, StepInputs
 from actors.engine.cuda.paged import store
 from actors.engine.cuda.rotary import Heads, split_and_keep, split_and_rotate
 
-# Programs of a decode kernel that keep a GPU busy: two per multiprocessor of an H100.
-PROGRAMS = 264
+# Programs of a decode kernel that keep a GPU busy: two per multiprocessor of an H100. A captured step with prompts has
+# room for more decodes than are there, and launches so many times as many.
+PROGRAMS, SPARSE = 264, 4
 # Without FlashAttention 4, a whole prompt of this many rows or more goes to torch's attention, padded to a multiple of
 # DENSE_STEP because cuDNN makes a plan for every shape it meets.
 DENSE_ROWS, DENSE_STEP = 4096, 256
@@ -58,7 +59,7 @@ class TritonPagedAttention:
         self.keys = [pool(shape.heads, shape.key_width) for shape in shapes]
         self.values = [pool(shape.heads, shape.value_width) for shape in shapes]
         # Never made anew: captured graphs point at it. Only launches of fewer sequences times heads split any.
-        self._arrivals = torch.zeros(PROGRAMS, dtype=torch.int32, device=device)
+        self._arrivals = torch.zeros(SPARSE * PROGRAMS, dtype=torch.int32, device=device)
         self._varlen = flash.load(dtype, device)
 
     def begin(self, step: StepInputs) -> None:
@@ -188,7 +189,8 @@ class TritonPagedAttention:
         """
         if self.dtype == torch.float32:
             return 1
-        return max(1, min(MAX_SPLITS, PROGRAMS // (sequences * kv_heads)))
+        programs = SPARSE * PROGRAMS if self._inputs.chunks is None else PROGRAMS
+        return max(1, min(MAX_SPLITS, programs // (sequences * kv_heads)))
 
     def _flash(self, layer: int) -> bool:
         return (
