@@ -108,9 +108,9 @@ def share(block: int, most: int) -> tuple[int, int]:
     return columns, max(1, columns * block // (32 * _KEPT_BY_THREAD))
 
 
-def suits_row(weight: torch.Tensor) -> bool:
-    """Whether one row can be multiplied with ``weight [out, in]`` here: not in float32, nor if it is too wide."""
-    return weight.dtype in (torch.bfloat16, torch.float16) and weight.shape[1] <= _MAX_WIDTH
+def suits_row(dtype: torch.dtype, width: int) -> bool:
+    """Whether one row ``[width]`` can be multiplied here: not in float32, nor if it is too wide."""
+    return dtype in (torch.bfloat16, torch.float16) and width <= _MAX_WIDTH
 
 
 def multiply_row(row: Row, weight: torch.Tensor, bias: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
