@@ -32,8 +32,9 @@ _COLUMNS = 512
 # Up to so many rows kernels start early (see ``overlap.py``); these are in the way sooner than others.
 MOST_ROWS = 16
 # Of the products pair by pair: columns of a program, at most, and programs per multiprocessor. As measured on an H100
-# with the sizes of Qwen3-30B-A3B, 2026-11-27.
+# with the sizes of Qwen3-30B-A3B, 2026-11-27; those for FP8 are not measured yet.
 _EXPAND, _CONTRACT = (4, 8), (4, 16)
+_EXPAND_FP8, _CONTRACT_FP8 = (4, 8), (8, 16)
 
 
 class CudaExperts:
@@ -302,9 +303,10 @@ class CudaExperts:
     def _multiply_pairs(self, layer: int, hidden: torch.Tensor, products: Products) -> None:
         common = {
             "TOP_K": self.top_k, "SLOTS": triton.next_power_of_2(max(1, self._num_slots)), "BIASED": products.biased,
-            **launch(self.device, len(hidden), MOST_ROWS),
+            "SCALED": products.quantized, **launch(self.device, len(hidden), MOST_ROWS),
         }  # fmt: skip
-        block, (most, programs) = triton.next_power_of_2(self.hidden), _EXPAND
+        expand, contract = (_EXPAND_FP8, _CONTRACT_FP8) if products.quantized else (_EXPAND, _CONTRACT)
+        block, (most, programs) = triton.next_power_of_2(self.hidden), expand
         columns, warps = share(block, most)
         gemv.expand[(self.processors * programs,)](
             hidden, self.window.received, products.up, products.up_beside, self._inner, self._count, self._index,
@@ -312,7 +314,7 @@ class CudaExperts:
             layer, self._num_slots, self._capacity, self.max_rows,
             N=products.up_columns, K=self.hidden, **common, BN=columns, BK=block, num_warps=warps,
         )  # fmt: skip
-        block, (most, programs) = triton.next_power_of_2(products.activated), _CONTRACT
+        block, (most, programs) = triton.next_power_of_2(products.activated), contract
         columns, warps = share(block, most)
         gemv.contract[(self.processors * programs,)](
             self._inner, products.down, products.down_beside, self.window.results, self._count, self._index,

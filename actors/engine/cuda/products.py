@@ -40,7 +40,7 @@ class Products:
         self._tables: dict[tuple[int, torch.Size, gemm.Shape], Any] = {}
         # float32 takes tiles always, so that a result does not depend on how many others there are.
         narrow = all(suits_row(dtype, weight.shape[2]) for weight in (self.up, self.down))
-        self.pairwise = narrow and not self.quantized and self.gate == gemm.SILU and not self.transposed
+        self.pairwise = narrow and self.gate == gemm.SILU and not self.transposed
 
     def activate(self, inner: torch.Tensor) -> torch.Tensor:
         output: torch.Tensor = self.module._apply_gate(inner) if self.module.has_gate else self.module.act_fn(inner)
