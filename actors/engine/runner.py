@@ -70,7 +70,7 @@ class ModelRunner:
             flash_ready = flash.prepare(
                 self.model.dtype, self.device, {(heads, shape) for shape in self.model.kv_shapes}
             )
-            self._weights = memory.weights_of(self.model, routing.num_slots, blocks)
+            self._weights = memory.weights_of(self.model, routing.num_slots, config.max_num_batched_tokens, blocks)
             memory.check(self._weights, torch.cuda.mem_get_info()[0], config.min_data_parallel_size)
         self._other: Experts | None = None
         self._decoder: Decoder | None = None

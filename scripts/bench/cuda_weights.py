@@ -5,7 +5,7 @@
 
 Shapes are those of Qwen3-30B-A3B. ``dummy`` draws all 48 layers; ``load`` writes a checkpoint of ``--layers`` (1.2 GB
 each) to ``--directory``, loads it and compares it with the file; ``beside`` has a graph of matrix products run while
-experts are made; ``fp8`` compares and times one MoE layer in FP8 beside bfloat16. The table comes last.
+experts are made; ``fp8`` is ``cuda_fp8.py``. The table comes last.
 """
 
 from __future__ import annotations
@@ -17,43 +17,17 @@ import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
-from ceilings import copy_bandwidth
-from cuda_experts import (  # type: ignore[import-not-found]
-    EXPERTS,
-    HIDDEN,
-    INNER,
-    LAYERS,
-    MAX_ROWS,
-    TOP_K,
-    Block,
-    Gated,
-    draw,
-    error,
-    make,
-    repeats,
-    whole,
-)  # fmt: skip
+from cuda_experts import EXPERTS  # type: ignore[import-not-found]
+from cuda_fp8 import in_fp8  # type: ignore[import-not-found]
 from safetensors.torch import save_file
 from shapes import write  # type: ignore[import-not-found]
 
-from actors.engine.cuda import fp8
-from actors.engine.cuda.experts import CudaExperts
-from actors.engine.experts.exchange import SoloExchange
 from actors.engine.model import MoEModel
-from actors.engine.quantization import SCALE, Blocks, dequantize, quantize
 from actors.engine.weights import open_loader
 
-TOKENS = (1, 8, 64, 128, 512, 2048, 8192)
-SHAPES = [
-    (16, 64, 128, 4, 3, 3), (16, 64, 128, 4, 4, 2), (16, 64, 128, 4, 4, 3), (16, 128, 128, 8, 3, 2),
-    (16, 128, 128, 4, 3, 1), (32, 64, 128, 4, 3, 2), (32, 64, 128, 4, 4, 2), (32, 128, 128, 8, 3, 2),
-    (64, 64, 128, 4, 3, 2), (64, 128, 128, 8, 3, 1), (64, 128, 128, 4, 3, 1), (64, 128, 64, 8, 4, 1),
-    (128, 128, 64, 8, 3, 1), (128, 128, 128, 8, 2, 1), (128, 64, 64, 4, 4, 1),
-]  # fmt: skip
 GB = 1e9
 
 
@@ -190,72 +164,6 @@ def beside(path: Path, device: torch.device) -> list[str]:
             )
         del model, loader
         torch.cuda.empty_cache()
-    return lines
-
-
-class Quantized(torch.nn.Module):
-    """``Gated`` experts in FP8; the given ones become the numbers that they stand for, rounded."""
-
-    is_transposed = has_bias = False
-    has_gate = True
-
-    def __init__(self, module: Gated) -> None:
-        super().__init__()
-        self._apply_gate = module._apply_gate
-        blocks = Blocks(fp8.BLOCK, fp8.BLOCK)
-        for leaf, parameter in list(module.named_parameters()):
-            made = [quantize(expert, blocks) for expert in parameter]
-            for name, tensors in zip((leaf, leaf + SCALE), zip(*made, strict=True), strict=True):
-                setattr(self, name, torch.nn.Parameter(torch.stack(tensors), requires_grad=False))
-            for expert, (weight, scale) in zip(parameter, made, strict=True):
-                expert.copy_(dequantize(weight, scale, blocks, parameter.dtype))
-
-
-@torch.inference_mode()
-def in_fp8(device: torch.device) -> list[str]:
-    rate = copy_bandwidth()
-    plain = [
-        Gated(EXPERTS, HIDDEN, INNER, torch.bfloat16, device).fill(layer, range(EXPERTS)) for layer in range(LAYERS)
-    ]
-    stored: list[Any] = [SimpleNamespace(module=Quantized(module)) for module in plain]
-    quantized = CudaExperts(stored, EXPERTS, TOP_K, HIDDEN, torch.bfloat16, device, MAX_ROWS, 2)
-    same = make(plain, MAX_ROWS)
-    for experts in (quantized, same):
-        experts.adopt(whole(LAYERS), SoloExchange())
-    exact = Gated(EXPERTS, HIDDEN, INNER, torch.float32, device)
-    for leaf, parameter in exact.named_parameters():
-        for slot, expert in enumerate(parameter):
-            weight, scale = (getattr(stored[0].module, name)[slot] for name in (leaf, leaf + SCALE))
-            expert.copy_(dequantize(weight, scale, Blocks(fp8.BLOCK, fp8.BLOCK), torch.float32))
-    for rows in (1, 3, 64, 300, 2048):
-        tensors = draw(rows, HIDDEN, torch.bfloat16, device, rows)
-        quantized._inner.fill_(float("nan"))
-        quantized.window.results.fill_(float("nan"))
-        quantized.begin([rows])
-        quantized.own_rows.fill_(rows)
-        wrong = error(quantized.forward(0, *tensors), exact.reference(*tensors))
-        print(f"  fp8, {rows} rows: relative error {wrong:.1e}", flush=True)
-        assert wrong < 1e-2, (rows, wrong)
-        quantized.finish()
-    lines = ["rows   bf16 us   fp8 us   floor of fp8 us   best of the shapes tried"]
-    present = fp8.shape
-    for rows in TOKENS:
-        bf16, block = Block(same, rows).time(repeats(rows)), Block(quantized, rows)
-        now, found = block.time(repeats(rows)), []
-        for candidate in SHAPES:
-            if (candidate[0] > 16 and rows < 64) or (candidate[0] < 32 and rows > 512):
-                continue
-            fp8.shape = lambda dtype, expected, product, candidate=candidate: fp8.Shape(*candidate)
-            try:
-                found.append((Block(quantized, rows).time(repeats(rows) // 2), candidate))
-            except Exception as failure:  # too much shared memory, most likely
-                print(f"  {candidate}: {type(failure).__name__} {str(failure)[:80]}", flush=True)
-                quantized.adopt(whole(LAYERS), SoloExchange())
-        fp8.shape = present
-        floor = 1e6 * block.distinct * 3 * HIDDEN * INNER / rate
-        best = "  ".join(f"{shape} {us:.1f}" for us, shape in sorted(found)[:3])
-        lines.append(f"{rows:5} {bf16:9.1f} {now:8.1f} {floor:12.1f}        {best}")
-        print(lines[-1], flush=True)
     return lines
 
 

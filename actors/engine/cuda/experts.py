@@ -14,15 +14,15 @@ import torch
 import triton
 
 from actors.engine.cuda import fp8, gemm, gemv, route
-from actors.engine.cuda.one_row import share, suits_row
+from actors.engine.cuda.one_row import share
 from actors.engine.cuda.overlap import launch
 from actors.engine.cuda.peers import CudaPeers
+from actors.engine.cuda.products import Products
 from actors.engine.cuda.window import Layout, Window
 from actors.engine.experts.exchange import Exchange, PeerLost, SoloExchange
 from actors.engine.experts.layer import ExpertsBroken
 from actors.engine.experts.routing import Routing
 from actors.engine.experts.slots import StackedSlots
-from actors.engine.quantization import SCALE
 
 # Pairs that a program of the dispatch enters at a time, and columns that one of the combination sums.
 _PAIRS = 256
@@ -32,8 +32,9 @@ _COLUMNS = 512
 # Up to so many rows kernels start early (see ``overlap.py``); these are in the way sooner than others.
 MOST_ROWS = 16
 # Of the products pair by pair: columns of a program, at most, and programs per multiprocessor. As measured on an H100
-# with the sizes of Qwen3-30B-A3B, 2026-11-27.
+# with the sizes of Qwen3-30B-A3B, 2026-11-27; those for FP8 are not measured yet.
 _EXPAND, _CONTRACT = (4, 8), (4, 16)
+_EXPAND_FP8, _CONTRACT_FP8 = (4, 8), (8, 16)
 
 
 class CudaExperts:
@@ -78,7 +79,7 @@ class CudaExperts:
         num_slots = len(self.layers[0].module.down_proj) if self.layers else 0
         # A rank by itself may send all of a token's pairs to one slot (Routing.alone), a group only one of them.
         self._capacity = max_rows * max(max_ranks, top_k)
-        self._products = [_Products(layer.module) for layer in self.layers]
+        self._products = [Products(layer.module, dtype) for layer in self.layers]
         self._pairwise = any(products.pairwise for products in self._products)
 
         def integers(*size: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
@@ -98,6 +99,10 @@ class CudaExperts:
         # All ranks' rows may be for experts that stand here.
         width = max((products.activated for products in self._products if products.gate), default=0)
         self._inner = torch.empty(max_rows * max_ranks * top_k * width, dtype=dtype, device=device)
+        # Each product of each layer has this to itself, one after the other, as the stream runs them.
+        widest = max((products.widest for products in self._products), default=0)
+        widens = widest and fp8.widens(dtype, max_rows * top_k / num_slots)
+        self._room = torch.empty(widest, dtype=dtype, device=device) if widens else None
         self._next = count
         self.most_rows = self.mean_rows = 0
         self.exchange: Exchange = SoloExchange()
@@ -261,8 +266,10 @@ class CudaExperts:
             return
         # Tiles suit the rows that this step has here when they are spread evenly; any others work too.
         rows = max(len(hidden), sum(self._tokens) // len(self._tokens))
-        kernels = products.kernels
-        up, down = (kernels.shape(self.dtype, rows * self.top_k / slots, product) for product in ("expand", "contract"))
+        each = rows * self.top_k / slots
+        room = self._room if products.quantized and fp8.widens(self.dtype, each) else None
+        kernels: Any = fp8 if products.quantized and room is None else gemm
+        up, down = (kernels.shape(self.dtype, each, product) for product in ("expand", "contract"))
         common = {
             "TOP_K": self.top_k, "SLOTS": triton.next_power_of_2(slots), "TRANSPOSED": products.transposed,
             "BIASED": products.biased, "PRECISION": "ieee" if self.dtype == torch.float32 else "tf32",
@@ -275,7 +282,7 @@ class CudaExperts:
                 raise RuntimeError("these experts' activation can't be captured: run without CUDA graphs")
             rows = max(1, sum(self._tokens) * self.top_k)
             inner = torch.empty(rows, products.up_columns, dtype=self.dtype, device=self.device)
-        weight, described = products.first(up)
+        weight, described = products.first(up, room, slots)
         kernels.expand[(self.processors * up.per_processor,)](
             hidden, self.window.received, weight, products.up_beside, inner, self._count, self._index,
             self._members, self._local, self._turn, self._computed,
@@ -285,7 +292,7 @@ class CudaExperts:
         )  # fmt: skip
         if not products.gate:
             inner = products.activate(inner)
-        inner, weight, described = products.second(inner, down)
+        inner, weight, described = products.second(inner, down, room, slots)
         kernels.contract[(self.processors * down.per_processor,)](
             inner, weight, products.down_beside, self.window.results, self._count, self._index, self._members,
             self._windows, self._num_slots, self._capacity, self.max_rows,
@@ -293,12 +300,13 @@ class CudaExperts:
             BM=down.rows, BN=down.columns, BK=down.depth, num_warps=down.warps, num_stages=down.stages,
         )  # fmt: skip
 
-    def _multiply_pairs(self, layer: int, hidden: torch.Tensor, products: _Products) -> None:
+    def _multiply_pairs(self, layer: int, hidden: torch.Tensor, products: Products) -> None:
         common = {
             "TOP_K": self.top_k, "SLOTS": triton.next_power_of_2(max(1, self._num_slots)), "BIASED": products.biased,
-            **launch(self.device, len(hidden), MOST_ROWS),
+            "SCALED": products.quantized, **launch(self.device, len(hidden), MOST_ROWS),
         }  # fmt: skip
-        block, (most, programs) = triton.next_power_of_2(self.hidden), _EXPAND
+        expand, contract = (_EXPAND_FP8, _CONTRACT_FP8) if products.quantized else (_EXPAND, _CONTRACT)
+        block, (most, programs) = triton.next_power_of_2(self.hidden), expand
         columns, warps = share(block, most)
         gemv.expand[(self.processors * programs,)](
             hidden, self.window.received, products.up, products.up_beside, self._inner, self._count, self._index,
@@ -306,86 +314,10 @@ class CudaExperts:
             layer, self._num_slots, self._capacity, self.max_rows,
             N=products.up_columns, K=self.hidden, **common, BN=columns, BK=block, num_warps=warps,
         )  # fmt: skip
-        block, (most, programs) = triton.next_power_of_2(products.activated), _CONTRACT
+        block, (most, programs) = triton.next_power_of_2(products.activated), contract
         columns, warps = share(block, most)
         gemv.contract[(self.processors * programs,)](
             self._inner, products.down, products.down_beside, self.window.results, self._count, self._index,
             self._members, self._windows, self._num_slots, self._capacity, self.max_rows,
             N=self.hidden, K=products.activated, **common, BN=columns, BK=block, num_warps=warps,
         )  # fmt: skip
-
-
-class _Products:
-    """One layer's weights, and what its module does between the products.
-
-    ``up_columns`` are those of the first product, ``activated`` those of the second one's input. ``gate`` is the kind
-    that ``gemm.expand`` applies, with ``limit`` and ``alpha``; 0: the module does it, in ``activate``. ``pairwise``:
-    whether ``gemv.py`` can compute both.
-    """
-
-    def __init__(self, module: Any) -> None:
-        if getattr(module, "has_post_expert_norm", False):
-            raise ValueError(f"{type(module).__name__} has a norm behind its experts, which ours lack")
-        self.module = module
-        self.transposed, self.biased = bool(module.is_transposed), bool(module.has_bias)
-        name = "gate_up_proj" if module.has_gate else "up_proj"
-        self.up, self.down = getattr(module, name), module.down_proj
-        quantized = self.up.dtype == torch.float8_e4m3fn
-        self.kernels: Any = fp8 if quantized else gemm
-        # Weights in FP8 have scales where others may have a bias.
-        beside = SCALE if quantized else "_bias"
-        self.up_beside, self.down_beside = (getattr(module, leaf + beside, None) for leaf in (name, "down_proj"))
-        self.up_columns = self.up.shape[2 if self.transposed else 1]
-        self.activated = self.down.shape[1 if self.transposed else 2]
-        self.limit, self.alpha = float(getattr(module, "limit", 0.0)), float(getattr(module, "alpha", 0.0))
-        self.gate = self._recognise()
-        self._tables: dict[tuple[int, gemm.Shape], Any] = {}
-        # float32 takes tiles always, so that a result does not depend on how many others there are.
-        narrow = all(suits_row(weight.flatten(0, 1)) for weight in (self.up, self.down))
-        self.pairwise = narrow and self.gate == gemm.SILU and not self.transposed
-
-    def activate(self, inner: torch.Tensor) -> torch.Tensor:
-        output: torch.Tensor = self.module._apply_gate(inner) if self.module.has_gate else self.module.act_fn(inner)
-        return output.contiguous()
-
-    def first(self, shape: gemm.Shape) -> tuple[Any, dict[str, bool]]:
-        """How ``expand`` gets its weights in tiles of this shape."""
-        if self.kernels is fp8:
-            return self.up, {}
-        table = self._described(self.up, self.gate, shape)
-        return table or self.up, {"DESCRIBED": table is not None}
-
-    def second(self, inner: torch.Tensor, shape: gemm.Shape) -> tuple[Any, Any, dict[str, bool]]:
-        """How ``contract`` gets its rows, which stand in ``inner``, and its weights."""
-        if self.kernels is fp8:
-            return inner, self.down, {}
-        table = self._described(self.down, 0, shape)
-        whole = inner.view(-1)[: inner.numel() // self.activated * self.activated].view(-1, self.activated)
-        rows = table and gemm.described_rows(whole, shape)
-        if rows is None:
-            return inner, self.down, {"DESCRIBED": False}
-        return rows, table, {"DESCRIBED": True}
-
-    def _described(self, weight: torch.Tensor, gate: int, shape: gemm.Shape) -> Any:
-        """None where it can't or need not be; weights never move, so a descriptor stays good."""
-        if not shape.described:
-            return None
-        key = weight.data_ptr(), shape
-        if key not in self._tables:
-            self._tables[key] = gemm.described_weights(weight, gate, shape, self.transposed)
-        return self._tables[key]
-
-    def _recognise(self) -> int:
-        """The kind of gate that gives what the module's own gives, on random input; 0 if none does."""
-        if not self.module.has_gate:
-            return 0
-        sample = 10 * torch.randn(16, 64, generator=torch.Generator().manual_seed(0)).to(self.up.device)
-        own = self.module._apply_gate(sample)
-        first, second = sample.chunk(2, dim=-1)
-        silu = torch.nn.functional.silu(first) * second
-        gate, other = sample[:, ::2].clamp(max=self.limit), sample[:, 1::2].clamp(-self.limit, self.limit)
-        clamped = gate * torch.sigmoid(self.alpha * gate) * (other + 1)
-        for kind, result in ((gemm.SILU, silu), (gemm.CLAMPED, clamped)):
-            if own.shape == result.shape and bool((own - result).abs().max() <= 1e-5 * own.abs().max()):
-                return kind
-        return 0

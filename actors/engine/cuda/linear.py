@@ -194,7 +194,7 @@ class Linear:
                     layer.bias = torch.nn.Parameter(bias, requires_grad=False)
         # float32 stays with torch, whose product is exact as long as TF32 is off (the default).
         self._few = FewRows(self.weight, self.bias) if self.weight.dtype != torch.float32 else None
-        self.takes_row = suits_row(self.weight) and len(self.weight) < _MANY_OUTPUTS
+        self.takes_row = suits_row(self.weight.dtype, self.weight.shape[1]) and len(self.weight) < _MANY_OUTPUTS
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         rows = x.reshape(-1, x.shape[-1])

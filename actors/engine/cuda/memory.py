@@ -1,7 +1,7 @@
 """What a GPU's memory is used for: whether the weights fit, and how many KV blocks the rest holds. Pure arithmetic.
 
 ``weights_of`` and ``check`` come before anything is allocated; ``plan`` after a rehearsal of the largest step, which
-says what activations take.
+says what activations take. What stands before that, as weights do, is no activation.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from actors.engine import library
+from actors.engine.cuda import fp8
 from actors.engine.experts.slots import stays_quantized
 from actors.engine.model import MoEModel
 from actors.engine.quantization import Blocks
@@ -23,6 +24,7 @@ _GIB = 2**30
 class Weights:
     """Bytes of one rank's weights: ``dense``, and ``slots`` times ``slot``, which is one slot of every MoE layer.
 
+    And its part of the room in which one layer's weights are widened, if there is one (see ``fp8.py``).
     ``experts`` is how many each MoE layer has in all; 0, as are ``slots`` and ``slot``, for a dense model.
     """
 
@@ -78,8 +80,8 @@ class MemoryPlan:
         )
 
 
-def weights_of(model: MoEModel, num_slots: int, blocks: Blocks | None = None) -> Weights:
-    """Of a model on the meta device, with ``num_slots`` expert slots in each MoE layer.
+def weights_of(model: MoEModel, num_slots: int, max_rows: int, blocks: Blocks | None = None) -> Weights:
+    """Of a model on the meta device, with ``num_slots`` expert slots in each MoE layer and steps of ``max_rows`` rows.
 
     With ``blocks`` experts stay in FP8 where the kernels can compute with them, as ``slots.allocate`` has it.
     """
@@ -87,14 +89,17 @@ def weights_of(model: MoEModel, num_slots: int, blocks: Blocks | None = None) ->
     for name, parameter in model.module.named_parameters(remove_duplicate=False):
         if name.rpartition(".")[0] not in model.experts_names:
             seen[id(parameter)] = parameter.numel() * library.dtype_of(model.module, name, model.dtype).itemsize
-    slot = 0
+    slot = widest = 0
     for name, shapes in zip(model.experts_names, model.experts_shapes, strict=True):
         stays = blocks is not None and stays_quantized(model.module.get_submodule(name), torch.device("cuda"), blocks)
         for _, *shape in shapes.values():
             if blocks is not None and stays:
                 slot += math.prod(shape) + 4 * math.prod(blocks.grid(shape))
+                widest = max(widest, math.prod(shape))
             else:
                 slot += math.prod(shape) * model.dtype.itemsize
+    if widest and fp8.widens(model.dtype, max_rows * model.summary.top_k / num_slots):
+        slot += widest * model.dtype.itemsize
     return Weights(
         dense=sum(seen.values()),
         slot=slot,

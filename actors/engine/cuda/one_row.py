@@ -16,8 +16,9 @@ import triton.language as tl
 from actors.engine.cuda.elementwise import rounded
 from actors.engine.cuda.overlap import await_previous, late, launch, let_next_start
 
-# Weights of 16 bits that a program keeps, and a thread: half of the latter's registers. Half or twice as many were
-# slower on an H100 with the sizes of Qwen3-30B-A3B (2026-11-25).
+# Weights that a program keeps, and a thread: of 16 bits they take half of the latter's registers, of 8 bits a quarter
+# beside as many of the row. Half or twice as many of 16 bits were slower on an H100 with the sizes of Qwen3-30B-A3B
+# (2026-11-25).
 _KEPT, _KEPT_BY_THREAD = 2**14, 2**7
 # Columns of a program, at most.
 _COLUMNS = 8
@@ -41,8 +42,11 @@ class Row(NamedTuple):
 
 @triton.jit
 def load_columns(weight_pointer, column, outputs, WIDTH: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    """``[columns, BLOCK]`` of ``weight [outputs, WIDTH]``; zeros beyond."""
-    k = tl.arange(0, BLOCK)[None, :]
+    """``[columns, BLOCK]`` of ``weight [outputs, WIDTH]``; zeros beyond.
+
+    A thread takes them by eight, as it does the 16-bit row: one loaded otherwise would go through shared memory.
+    """
+    k = tl.max_contiguous(tl.arange(0, BLOCK), 8)[None, :]
     inside = (column < outputs)[:, None]
     if BLOCK > WIDTH:
         inside = inside & (k < WIDTH)
@@ -108,9 +112,9 @@ def share(block: int, most: int) -> tuple[int, int]:
     return columns, max(1, columns * block // (32 * _KEPT_BY_THREAD))
 
 
-def suits_row(weight: torch.Tensor) -> bool:
-    """Whether one row can be multiplied with ``weight [out, in]`` here: not in float32, nor if it is too wide."""
-    return weight.dtype in (torch.bfloat16, torch.float16) and weight.shape[1] <= _MAX_WIDTH
+def suits_row(dtype: torch.dtype, width: int) -> bool:
+    """Whether one row ``[width]`` can be multiplied here: not in float32, nor if it is too wide."""
+    return dtype in (torch.bfloat16, torch.float16) and width <= _MAX_WIDTH
 
 
 def multiply_row(row: Row, weight: torch.Tensor, bias: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:

@@ -35,9 +35,10 @@ def await_previous(OVERLAP: tl.constexpr):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def late(x, OVERLAP: tl.constexpr):  # type: ignore[no-untyped-def]
-    """16-bit ``x``, for which nobody waits before this point, though it was asked for earlier."""
+    """``x``, of 8 or 16 bits, for which nobody waits before this point, though it was asked for earlier."""
     if OVERLAP:
-        x = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], dtype=x.dtype, is_pure=False, pack=2)
+        pack: tl.constexpr = 32 // x.dtype.primitive_bitwidth
+        x = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], dtype=x.dtype, is_pure=False, pack=pack)
     return x
 
 

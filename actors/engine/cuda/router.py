@@ -273,7 +273,7 @@ class Router:
 
     @property
     def takes_row(self) -> bool:
-        return suits_row(self.weight)
+        return suits_row(self.weight.dtype, self.weight.shape[1])
 
     def of_row(self, row: Row) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
         """``row`` before its norm and after it, and what routing gives for it; if this router ``takes_row``."""

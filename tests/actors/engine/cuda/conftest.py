@@ -22,6 +22,13 @@ if not torch.cuda.is_available():
     _dot = interpreter.InterpreterBuilder.create_dot
     _convert = interpreter._convert_float
 
+    _all = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn)
+    _of_fp8 = {
+        tl.float32: _all.float().numpy(),
+        tl.float16: _all.half().numpy(),
+        tl.bfloat16: _all.bfloat16().view(torch.int16).numpy().view(np.uint16),
+    }
+
     def _patch_with_index(tensor: Any, scope: Any) -> None:
         _patch(tensor, scope)
         scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
@@ -32,6 +39,8 @@ if not torch.cuda.is_available():
             return values.to(torch.bfloat16).view(torch.int16).numpy().view(np.uint16)
         if (source, target) == (tl.bfloat16, tl.float32):  # as its own, which is slow
             return np.asarray(data).view(np.uint16).astype(np.uint32) << 16
+        if source == tl.float8e4nv:  # likewise
+            return _of_fp8[target][np.asarray(data).view(np.uint8)]
         return _convert(data, source, target, mode)
 
     def _float32(handle: Any) -> Any:

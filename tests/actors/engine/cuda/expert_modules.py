@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
 import torch
+
+from actors.engine.quantization import SCALE, Blocks, dequantize, quantize
 
 
 class Module(torch.nn.Module):
@@ -66,6 +69,31 @@ class Module(torch.nn.Module):
         weight = getattr(self, name)[expert].double()
         result: torch.Tensor = (weight.t() if self.is_transposed else weight) @ row
         return result + getattr(self, f"{name}_bias")[expert].double() if self.has_bias else result
+
+
+class Quantized(Module):
+    """Experts of kind ``silu`` in FP8, blocks of different scales; ``hidden`` and ``inner`` are whole blocks."""
+
+    BLOCKS = Blocks(128, 128)
+
+    def __init__(self, count: int, hidden: int, inner: int, seed: int = 0) -> None:
+        super().__init__("silu", count, hidden, inner, torch.float32, seed)
+        for name, parameter in list(self.named_parameters()):
+            outputs, width = parameter.shape[1:]
+            spread = torch.logspace(-0.5, 0.5, outputs)[:, None] * torch.logspace(0.5, -0.5, width)
+            for leaf, tensor in zip((name, name + SCALE), quantize(parameter * spread, self.BLOCKS), strict=True):
+                setattr(self, leaf, torch.nn.Parameter(tensor, requires_grad=False))
+
+    def put(self, other: Quantized, experts: Sequence[int]) -> None:
+        """Slot by slot those of ``other``, NaN for -1."""
+        for name, parameter in self.named_parameters():
+            for slot, expert in enumerate(experts):
+                nothing = torch.full_like(parameter[slot], float("nan"), dtype=torch.float32)
+                parameter[slot].copy_(getattr(other, name)[expert] if expert >= 0 else nothing)
+
+    def _linear(self, name: str, expert: int, row: torch.Tensor) -> torch.Tensor:
+        weight, scale = (getattr(self, leaf)[expert] for leaf in (name, name + SCALE))
+        return dequantize(weight, scale, self.BLOCKS, torch.float64) @ row
 
 
 KINDS = ("silu", "gpt-oss", "transposed", "biased", "ungated", "gelu")

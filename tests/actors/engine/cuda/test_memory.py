@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny_models
@@ -12,7 +13,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from actors.engine.cuda import fp8
+from actors.engine.cuda.experts import CudaExperts
 from actors.engine.cuda.memory import Cache, Weights, check, plan, weights_of
+from actors.engine.experts.slots import Fp8Slots
 from actors.engine.model import MoEModel
 from actors.engine.quantization import Blocks
 from actors.engine.weights import open_loader
@@ -144,7 +148,7 @@ def test_a_model_too_large_is_refused_with_the_size_that_would_fit() -> None:
 def test_the_weights_counted_are_those_that_stand_there(family: str, dtype: str, tmp_path: Path) -> None:
     tiny_models.FAMILIES[family]().save_pretrained(tmp_path)
     model = MoEModel(tmp_path, dtype)
-    counted = weights_of(model, 3)
+    counted = weights_of(model, 3, 16)
     model.allocate_slots(3, DEVICE, 16, 1)
     with torch.inference_mode():
         open_loader(model, DEVICE, "dummy").load_dense()
@@ -163,5 +167,29 @@ def test_experts_that_stay_in_fp8_are_counted_with_their_scales(tmp_path: Path) 
     config.save_pretrained(tmp_path)
     model = MoEModel(tmp_path, "bfloat16")
     each = 3 * 384 * 256 + 4 * 3 * (3 * 2)
-    assert weights_of(model, 5, Blocks(128, 128)).slot == len(model.experts_names) * each
-    assert weights_of(model, 5, Blocks(64, 128)).slot == weights_of(model, 5).slot  # no kernels for those
+    assert weights_of(model, 5, 16, Blocks(128, 128)).slot == len(model.experts_names) * each
+    assert weights_of(model, 5, 16, Blocks(64, 128)).slot == weights_of(model, 5, 16).slot  # no kernels for those
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_room_for_one_layers_widened_weights_is_counted_where_there_is_one(
+    dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It stands before a step is rehearsed, so activations are without it."""
+    config = tiny_models.FAMILIES["qwen3_moe"]()
+    config.hidden_size, config.moe_intermediate_size, config.num_experts_per_tok = 384, 256, 2
+    config.save_pretrained(tmp_path)
+    monkeypatch.setattr(fp8, "_WIDENED", 8)
+    for max_rows in (11, 12):
+        model = MoEModel(tmp_path, dtype)
+        counted = weights_of(model, 3, max_rows, Blocks(128, 128))
+        layers: Any = [
+            Fp8Slots(model.module.get_submodule(name), 3, DEVICE, Blocks(128, 128)) for name in model.experts_names
+        ]
+        figures = model.summary
+        experts = CudaExperts(
+            layers, figures.num_experts, 2, figures.hidden_size, model.dtype, DEVICE, max_rows, max_ranks=2
+        )
+        assert (experts._room is not None) == (dtype == "bfloat16" and max_rows == 12)
+        stored = sum(parameter.nbytes for layer in layers for parameter in layer.module.parameters())
+        assert counted.total - counted.dense == stored + (0 if experts._room is None else experts._room.nbytes)

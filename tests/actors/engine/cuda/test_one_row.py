@@ -52,9 +52,9 @@ def error(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 def test_what_a_program_takes() -> None:
     assert [share(block, 8) for block in (256, 2048, 4096, 8192)] == [(8, 1), (8, 4), (4, 4), (2, 4)]
-    assert suits_row(torch.empty(3, 8192, dtype=torch.float16))
-    assert not suits_row(torch.empty(3, 8193, dtype=torch.float16))
-    assert not suits_row(torch.empty(3, 16)), "float32 takes what gives a row the same result among others"
+    assert suits_row(torch.float16, 8192)
+    assert not suits_row(torch.float16, 8193)
+    assert not suits_row(torch.float32, 16), "float32 takes what gives a row the same result among others"
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
