@@ -32,9 +32,9 @@ _COLUMNS = 512
 # Up to so many rows kernels start early (see ``overlap.py``); these are in the way sooner than others.
 MOST_ROWS = 16
 # Of the products pair by pair: columns of a program, at most, and programs per multiprocessor. As measured on an H100
-# with the sizes of Qwen3-30B-A3B, 2026-11-27; those for FP8 are not measured yet.
+# with the sizes of Qwen3-30B-A3B, 2026-11-27; those for FP8 on an H200 (scripts/bench/cuda_fp8.py, 2026-11-30).
 _EXPAND, _CONTRACT = (4, 8), (4, 16)
-_EXPAND_FP8, _CONTRACT_FP8 = (4, 8), (8, 16)
+_EXPAND_FP8, _CONTRACT_FP8 = (8, 6), (4, 24)
 
 
 class CudaExperts:

@@ -26,8 +26,8 @@ BLOCK = 128
 """Rows and columns of a weight that share a scale."""
 _BLOCK = tl.constexpr(BLOCK)
 
-# Rows per slot from which weights are widened. Reckoned: on an H100 with the sizes of Qwen3-30B-A3B widening takes some
-# 600 us a layer; tiles lose 370 us to those of 16-bit weights at 128 rows per slot, 1,750 us at 512.
+# Rows per slot from which weights are widened. With the sizes of Qwen3-30B-A3B it pays from about 120 on an H200, where
+# it takes 464 us a layer (scripts/bench/cuda_fp8.py, 2026-11-30); on an H100, by its bandwidth, from about 170.
 _WIDENED = 160
 
 
