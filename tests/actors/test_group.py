@@ -180,41 +180,46 @@ async def until(condition: Callable[[], bool]) -> None:
     await asyncio.wait_for(wait(), 30)
 
 
-def test_a_rank_with_every_expert_does_not_wait_for_the_step_of_another(checkpoint: str) -> None:
+@pytest.fixture(scope="module")
+def pair(checkpoint: str) -> Iterator[LocalGroup]:
+    """Two ranks, each with every expert, which nothing poisons."""
     config = EngineConfig(model=checkpoint, kv_blocks=64, max_model_len=256, client_timeout_s=60.0)
+    with local_group(config, 2) as running:
+        yield running
+
+
+def test_a_rank_with_every_expert_does_not_wait_for_the_step_of_another(pair: LocalGroup, checkpoint: str) -> None:
     first, second = prompts(2)
-    with local_group(config, 2) as group:
-        group.engines[1].call("hold")
+    pair.engines[1].call("hold")
 
-        async def run() -> None:
-            async with client_of(group) as client:
-                held = asyncio.create_task(collect(client, "held", second, 12, rank=1))
-                await until(lambda: group.engines[1].call("holds"))
-                for turn in range(2):  # the second one comes in the middle of a sync
-                    assert await collect(client, f"free{turn}", first, 12, rank=0) == reference(checkpoint, first, 12)
-                assert not held.done()
-                group.engines[1].call("release")
-                assert await held == reference(checkpoint, second, 12)
-                await wait_paused(group)
+    async def run() -> None:
+        async with client_of(pair) as client:
+            held = asyncio.create_task(collect(client, "held", second, 12, rank=1))
+            await until(lambda: pair.engines[1].call("holds"))
+            for turn in range(2):  # the second one comes in the middle of a sync
+                assert await collect(client, f"free{turn}", first, 12, rank=0) == reference(checkpoint, first, 12)
+            assert not held.done()
+            pair.engines[1].call("release")
+            assert await held == reference(checkpoint, second, 12)
+            await wait_paused(pair)
 
-        asyncio.run(run())
+    asyncio.run(run())
 
 
-def test_fifty_epochs_leave_nothing_behind_and_change_no_token(checkpoint: str) -> None:
-    prompt, config = prompts(1)[0], EngineConfig(model=checkpoint, kv_blocks=64, max_model_len=256)
+def test_twenty_epochs_leave_nothing_behind_and_change_no_token(pair: LocalGroup, checkpoint: str) -> None:
+    prompt = prompts(1)[0]
     expected = reference(checkpoint, prompt, 40)
     held = []
-    with local_group(config, 2) as group:
 
-        async def run() -> None:
-            async with client_of(group) as client:
-                for turn in range(50):
-                    request = asyncio.create_task(collect(client, f"during{turn}", prompt, 40, rank=turn % 2))
-                    await asyncio.to_thread(group.switch)
-                    assert await request == expected
-                    held.append(group.all("held"))
+    async def run() -> None:
+        async with client_of(pair) as client:
+            for turn in range(20):
+                request = asyncio.create_task(collect(client, f"during{turn}", prompt, 40, rank=turn % 2))
+                await asyncio.to_thread(pair.switch)
+                assert await request == expected
+                held.append(pair.all("held"))
 
-        asyncio.run(run())
-        assert [status["step_failures"] for status in group.status()] == [0, 0]
+    asyncio.run(run())
+    assert [status["step_failures"] for status in pair.status()] == [0, 0]
     # File descriptors (so sockets too) and threads; the first epochs make what stays.
     assert held[-1] == held[5]

@@ -152,7 +152,7 @@ def test_the_deadline_before_the_first_token(stream):
 
 
 def test_the_deadline_in_a_stream_is_an_event_and_the_official_client_raises_it():
-    with ScriptedGroup(step_s=0.02) as group, serving(group, Limits(10**6, request_timeout_s=0.3)) as server:
+    with ScriptedGroup(step_s=0.02) as group, serving(group, Limits(10**6, request_timeout_s=1.0)) as server:
         chunks = events(server, COMPLETION, prompt="a", max_tokens=10**5)
         assert len(chunks) > 2 and chunks[-1]["error"]["code"] == "timeout"
         client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)

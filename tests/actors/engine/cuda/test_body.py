@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,24 @@ import pytest
 import tiny_models
 import torch
 from test_fuse import load, logits_of
+from transformers import PreTrainedConfig
 
 from actors.engine.cuda.body import _Body
 from actors.engine.cuda.fuse import fuse
+
+
+@pytest.fixture(autouse=True)
+def two_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first dense, the second with experts where the family has any."""
+
+    def cut(family: str) -> PreTrainedConfig:
+        config = own[family]()
+        config.num_hidden_layers = 2
+        return config
+
+    own = dict(tiny_models.FAMILIES)
+    for family in own:
+        monkeypatch.setitem(tiny_models.FAMILIES, family, functools.partial(cut, family))
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", pytest.param("deepseek_v2", marks=pytest.mark.slow)])

@@ -37,10 +37,17 @@ PADDED = Padded(12, 5)
 TOLERANCE = {"float32": 1e-5, "bfloat16": 6e-2}
 
 
+def qwen3_moe() -> PreTrainedConfig:
+    """A dense layer and two with experts, of which the last one is narrowed."""
+    config = tiny_models.qwen3_moe()
+    config.num_hidden_layers = 3
+    return config
+
+
 def dense_end() -> PreTrainedConfig:
     """Experts, but none in the last layer."""
-    config = tiny_models.qwen3_moe()
-    config.num_hidden_layers, config.mlp_only_layers = 3, [0, 2]
+    config = qwen3_moe()
+    config.mlp_only_layers = [0, 2]
     return config
 
 
@@ -126,7 +133,7 @@ def test_logits_keys_and_values_are_the_same(
     family: str, dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Head norms, norms over all heads, windows and sinks, MLA; experts beside dense layers, or none."""
-    for made in (dense_end, narrow_window):
+    for made in (qwen3_moe, dense_end, narrow_window):
         monkeypatch.setitem(tiny_models.FAMILIES, made.__name__, made)
     stand = Stand(tiny_models.build(family, tmp_path), dtype, DEVICE)
     stand.experts.adopt(stand.routing, SoloExchange())
@@ -208,7 +215,10 @@ def test_ranks_of_a_group_narrow_each_by_itself(tmp_path: Path) -> None:
             assert_near(logits[step], alone.run(batch), "float32")
 
 
-def test_a_model_that_looks_at_other_rows_is_not_narrowed(tmp_path: Path) -> None:
+def test_a_model_that_looks_at_other_rows_is_not_narrowed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = tiny_models.qwen3()
+    config.num_hidden_layers, config.layer_types = 1, config.layer_types[:1]
+    monkeypatch.setitem(tiny_models.FAMILIES, "qwen3", lambda: config)
     path = tiny_models.build("qwen3", tmp_path)
     assert Stand(path, "float32", DEVICE).narrowed is not None
     own = MoEModel.__init__
@@ -217,6 +227,5 @@ def test_a_model_that_looks_at_other_rows_is_not_narrowed(tmp_path: Path) -> Non
         own(model, *arguments)
         model.module.model.norm.register_forward_hook(lambda module, given, output: output.cumsum(1))
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(MoEModel, "__init__", mixing)
-        assert Stand(path, "float32", DEVICE).narrowed is None
+    monkeypatch.setattr(MoEModel, "__init__", mixing)
+    assert Stand(path, "float32", DEVICE).narrowed is None
