@@ -86,7 +86,7 @@ class EngineActor:
         self._memo = Memo()
         self._ended = threading.Event()
         self._cause = ""
-        self._lease_until = time.monotonic() + lease_s
+        self._lease_s, self._lease_until = lease_s, time.monotonic() + lease_s
         # What is imported stays: to look through it for garbage, time and again, is a quarter of what importing costs.
         gc.disable()
         threading.Thread(target=self._end_with_lease, name="lease", daemon=True).start()
@@ -260,7 +260,7 @@ class EngineActor:
     @ray.method(concurrency_group="control")
     def renew(self, lease_s: float, memo: Memo) -> None:
         """Extends the lease: it runs out ``lease_s`` from now. ``memo`` is kept for the manager's successor."""
-        self._lease_until = time.monotonic() + lease_s
+        self._lease_s, self._lease_until = lease_s, time.monotonic() + lease_s
         self._memo = memo
 
     @ray.method(concurrency_group="wait")
@@ -311,11 +311,17 @@ class EngineActor:
         os._exit(0)
 
     def _end_with_lease(self) -> None:
-        while time.monotonic() < self._lease_until:
-            time.sleep(0.5)
+        doomed: list[str] | None = None
+        while (left := self._lease_until - time.monotonic()) > 0:
+            if left > self._lease_s / 2:
+                doomed = None
+            elif doomed is None:
+                # All groups of the owner, so that one whose engine is gone already is removed as well; but none of a
+                # manager that comes while the lease runs out, and makes new ones.
+                doomed = [group.id for group in groups.find(self._owner)]
+            time.sleep(min(0.5, self._lease_s / 8))
         logger.warning("the lease ran out: no manager renewed it; removing the placement groups of %s", self._owner)
-        # Each engine removes all groups of the owner, so that one whose engine is gone already is removed as well.
         try:
-            groups.remove_all(group.id for group in groups.find(self._owner))
+            groups.remove_all(doomed or [])
         finally:
             os._exit(0)

@@ -290,17 +290,17 @@ class EngineManager:
                 logger.warning("removing what a former manager left of an unfinished group: ranks %s", left.epoch.ranks)
             await self._tear_down()
             return
+        self._resources.keys, self._memo = left.keys, left.memo
+        self._group.epoch, self._group.layout = left.epoch, left.layout
+        self._keep_up()  # what follows may wait for a coordinator, which leases don't
         # Ranks that had left, or were about to join.
         await self._engines.end(left.strangers)
         await asyncio.to_thread(self._remove_groups, {engine.group.id for engine in self._engines})
-        self._resources.keys, self._memo = left.keys, left.memo
-        self._group.epoch, self._group.layout = left.epoch, left.layout
         await self._coordination.open(left.keys)
         await self._coordination.set_epoch(left.epoch)
         await self._follow_coordinator()
         for engine in self._engines:
             self._watch(engine)
-        self._keep_up()
         logger.info("adopted the running group of epoch %d with ranks %s", left.epoch.number, left.epoch.ranks)
         self._group.set("serving", f"{len(self._engines)} ranks in epoch {left.epoch.number}")
 
@@ -308,17 +308,25 @@ class EngineManager:
 
     def _keep_up(self) -> None:
         if not self._upkeep:
-            self._upkeep = [asyncio.create_task(self._keep()), asyncio.create_task(self._weigh())]
+            self._upkeep = [asyncio.create_task(work()) for work in (self._renew, self._follow, self._weigh)]
 
-    async def _keep(self) -> None:
-        """Renews the ranks' leases and follows a coordinator that Serve recreated."""
+    async def _renew(self) -> None:
+        """Renews the ranks' leases, whoever else is waited for."""
         while True:
             try:
                 self._engines.renew(self._memo)
+            except Exception:
+                logger.exception("leases were not renewed; trying again")
+            await asyncio.sleep(min(1.0, self._settings.lease_s / 4))
+
+    async def _follow(self) -> None:
+        """Follows a coordinator that Serve recreated; waits for one while there is none."""
+        while True:
+            try:
                 if self._group.phase == "serving":
                     await self._follow_coordinator()
             except Exception:
-                logger.exception("upkeep failed; trying again")
+                logger.exception("the coordinator was not followed; trying again")
             await asyncio.sleep(min(1.0, self._settings.lease_s / 4))
 
     async def _follow_coordinator(self) -> None:

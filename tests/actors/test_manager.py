@@ -34,6 +34,7 @@ from app.config import AppConfig
 from app.errors import EngineDeadError
 from app.limits import Limits
 from placement import groups
+from placement.planner import RankPlacement
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 
@@ -289,18 +290,43 @@ def test_a_successor_adopts_the_running_group_while_it_serves(checkpoint: Path) 
         assert app.pids() == before and app.status["epoch"] == 1
 
 
-def test_a_coordinator_that_is_replaced_is_followed(checkpoint: Path) -> None:
-    with application(checkpoint) as app:
+def test_a_coordinator_that_is_replaced_late_is_followed(checkpoint: Path) -> None:
+    """Later than a lease lasts."""
+    with application(checkpoint, lease_s=3.0) as app:
         app.serve(2)
+        before = app.pids()
 
         async def run() -> list[int]:
             async with client_of(app) as client:
                 ray.kill(app.coordinator)
+                await asyncio.sleep(6)
                 app.start_coordinator()
                 # The group is paused, and only the new coordinator can wake both ranks.
                 return await asyncio.wait_for(tokens(client, "woken", 10, rank=1), 60)
 
         assert asyncio.run(run()) == reference(checkpoint, 10)
+        assert app.pids() == before
+
+
+@pytest.mark.slow  # a process of a manager takes seconds to start, which the lease must outlast
+def test_a_successor_keeps_the_leases_while_there_is_no_coordinator(checkpoint: Path) -> None:
+    with application(checkpoint, lease_s=12.0) as app:
+        app.serve(2)
+        before = app.pids()
+
+        async def run() -> list[int]:
+            async with client_of(app) as client:
+                ray.kill(app.coordinator)
+                ray.kill(app.manager)
+                app.start_manager()
+                declared = app.manager.declare.remote(2)
+                await asyncio.sleep(20)
+                app.start_coordinator()
+                await declared
+                return await asyncio.wait_for(tokens(client, "after", 10), 60)
+
+        assert asyncio.run(run()) == reference(checkpoint, 10)
+        assert app.pids() == before and app.status["epoch"] == 1
 
 
 def test_without_a_manager_the_ranks_end_with_their_lease(checkpoint: Path) -> None:
@@ -308,6 +334,24 @@ def test_without_a_manager_the_ranks_end_with_their_lease(checkpoint: Path) -> N
         app.serve(2)
         ray.kill(app.manager)
         wait_for(app.nothing_is_left, 60)
+
+
+def test_groups_made_while_a_lease_runs_out_stay(checkpoint: Path) -> None:
+    """They are a successor's, who found the ranks too late to keep them."""
+    with application(checkpoint, lease_s=6.0) as app:
+        app.serve(1)
+        owner = app.siblings.namespace
+        node = groups.find(owner)[0].node_id
+        ray.kill(app.manager)
+        time.sleep(4.5)
+        place = RankPlacement(
+            rank=1, local_rank=1, node_id=node, ip="127.0.0.1", bundles=({"CPU": 0.001},), bundle_nodes=(node,),
+            strategy="STRICT_PACK",
+        )  # fmt: skip
+        new = groups._make(place, owner)
+        wait_for(lambda: not app.engines, 60)
+        assert [group.id for group in groups.find(owner)] == [new.id]
+        groups.remove_all([new.id])
 
 
 def test_groups_of_the_caller_are_used_and_kept(checkpoint: Path) -> None:
