@@ -310,7 +310,7 @@ def test_a_coordinator_that_is_replaced_late_is_followed(checkpoint: Path) -> No
 
 @pytest.mark.slow  # a process of a manager takes seconds to start, which the lease must outlast
 def test_a_successor_keeps_the_leases_while_there_is_no_coordinator(checkpoint: Path) -> None:
-    with application(checkpoint, lease_s=12.0) as app:
+    with application(checkpoint, lease_s=30.0) as app:
         app.serve(2)
         before = app.pids()
 
@@ -320,7 +320,7 @@ def test_a_successor_keeps_the_leases_while_there_is_no_coordinator(checkpoint: 
                 ray.kill(app.manager)
                 app.start_manager()
                 declared = app.manager.declare.remote(2)
-                await asyncio.sleep(20)
+                await asyncio.sleep(40)
                 app.start_coordinator()
                 await declared
                 return await asyncio.wait_for(tokens(client, "after", 10), 60)
@@ -338,12 +338,12 @@ def test_without_a_manager_the_ranks_end_with_their_lease(checkpoint: Path) -> N
 
 def test_groups_made_while_a_lease_runs_out_stay(checkpoint: Path) -> None:
     """They are a successor's, who found the ranks too late to keep them."""
-    with application(checkpoint, lease_s=6.0) as app:
+    with application(checkpoint, lease_s=12.0) as app:
         app.serve(1)
         owner = app.siblings.namespace
         node = groups.find(owner)[0].node_id
         ray.kill(app.manager)
-        time.sleep(4.5)
+        time.sleep(9.5)
         place = RankPlacement(
             rank=1, local_rank=1, node_id=node, ip="127.0.0.1", bundles=({"CPU": 0.001},), bundle_nodes=(node,),
             strategy="STRICT_PACK",
