@@ -12,6 +12,7 @@ import asyncio
 import contextlib
 import logging
 import uuid
+from collections.abc import Awaitable, Callable
 from dataclasses import asdict
 from typing import Any
 
@@ -308,26 +309,24 @@ class EngineManager:
 
     def _keep_up(self) -> None:
         if not self._upkeep:
-            self._upkeep = [asyncio.create_task(work()) for work in (self._renew, self._follow, self._weigh)]
+            # Leases are renewed whoever else is waited for: following waits while there is no coordinator.
+            self._upkeep = [asyncio.create_task(self._keep(work)) for work in (self._renew, self._follow)]
+            self._upkeep.append(asyncio.create_task(self._weigh()))
+
+    async def _keep(self, work: Callable[[], Awaitable[None]]) -> None:
+        while True:
+            try:
+                await work()
+            except Exception:
+                logger.exception("upkeep failed; trying again")
+            await asyncio.sleep(min(1.0, self._settings.lease_s / 4))
 
     async def _renew(self) -> None:
-        """Renews the ranks' leases, whoever else is waited for."""
-        while True:
-            try:
-                self._engines.renew(self._memo)
-            except Exception:
-                logger.exception("leases were not renewed; trying again")
-            await asyncio.sleep(min(1.0, self._settings.lease_s / 4))
+        self._engines.renew(self._memo)
 
     async def _follow(self) -> None:
-        """Follows a coordinator that Serve recreated; waits for one while there is none."""
-        while True:
-            try:
-                if self._group.phase == "serving":
-                    await self._follow_coordinator()
-            except Exception:
-                logger.exception("the coordinator was not followed; trying again")
-            await asyncio.sleep(min(1.0, self._settings.lease_s / 4))
+        if self._group.phase == "serving":
+            await self._follow_coordinator()
 
     async def _follow_coordinator(self) -> None:
         """Whoever noticed first that it was replaced, all ranks are told, those included that are about to join."""

@@ -153,8 +153,8 @@ class CudaSteps:
         for size in reversed(self._padded):
             self._capture(size)
         if self.sizes and self.model.experts.layers:
-            for rows in _IDLE_ROWS:
-                self._capture_idle(min(rows, self.config.max_num_batched_tokens))
+            for rows in sorted({min(rows, self.config.max_num_batched_tokens) for rows in _IDLE_ROWS}):
+                self._capture_idle(rows)
         torch.cuda.synchronize()
         logger.info(
             "captured steps of %s decodes and of up to %s rows in %.1f s; %.1f MiB",
